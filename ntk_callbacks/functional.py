@@ -1,0 +1,329 @@
+"""From a module to a pure function of its parameters, and how it is measured."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+
+from ntk_callbacks._types import Inputs, Mode, OutputFunction, ParameterFilter, Params
+from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.guard import quietly
+from ntk_callbacks.nested import batch_size, map_tensors
+
+_Result = TypeVar("_Result")
+
+# In "train" mode these stay in evaluation mode: the kernel is that of the mean network.
+_STOCHASTIC = (
+    nn.modules.dropout._DropoutNd,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.RReLU,
+)
+
+
+@contextmanager
+def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """The state a model is measured in; `quietly` puts everything back afterwards.
+
+    `"eval"` is `model.eval()`. `"train"` keeps the flags of a model that is training
+    (frozen layers stay frozen), trains all of one that is not, and holds dropout still.
+    Compiled modules run their eager code, so that no recompilation counts against them.
+
+    Args:
+        model: The module that is about to be measured.
+        mode: `"eval"` or `"train"`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: If SyncBatchNorm would wait for other processes.
+    """
+    with quietly(model), torch.compiler.set_stance("force_eager"):
+        if mode == "eval":
+            model.eval()
+        else:
+            if not model.training:
+                model.train()
+            for module in model.modules():
+                if isinstance(module, _STOCHASTIC):
+                    module.eval()
+            _refuse_collectives(model)
+        yield
+
+
+def _refuse_collectives(model: nn.Module) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and distributed.get_world_size() > 1:
+            raise UnsupportedModelError(
+                f'mode="train": {name!r} is a SyncBatchNorm, whose statistics need '
+                "every process, but measurements run on one. Measure with "
+                'mode="eval".'
+            )
+
+
+def select_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str]:
+    """Names of the parameters to differentiate, in the order of the model.
+
+    Args:
+        model: Any module. Tied parameters appear once, under their first name.
+        parameters: None for those with `requires_grad`; a regular expression (searched
+            in the name) among those; or a predicate `(name, parameter)`, which alone
+            decides and may also take frozen parameters.
+
+    Returns:
+        At least one name.
+
+    Raises:
+        ValueError: If nothing is selected.
+    """
+    named = dict(model.named_parameters())
+    if callable(parameters):
+        names = [name for name, tensor in named.items() if parameters(name, tensor)]
+    else:
+        pattern = re.compile(parameters or "")
+        names = [
+            name
+            for name, tensor in named.items()
+            if tensor.requires_grad and pattern.search(name)
+        ]
+    if not names:
+        asked = "" if parameters is None else f" that `parameters={parameters!r}` takes"
+        known = ", ".join(list(named)[:8]) + (", …" if len(named) > 8 else "")
+        raise ValueError(
+            f"{type(model).__name__} has no parameter with requires_grad{asked}; it "
+            f"has {len(named)} parameters: {known or 'none'}. To measure frozen ones "
+            "pass a predicate, for example `parameters=lambda name, p: True`."
+        )
+    return names
+
+
+class ModelFunction:
+    """A module as a pure function f(params, x) -> (n, c).
+
+    Holds detached copies of everything the module owns, half-precision tensors as
+    float32. A call swaps them into the module, runs `output_fn` and swaps them out.
+
+    Args:
+        model: The module, already in the state it is measured in.
+        output_fn: `(model, x) -> (n, ...)`; None calls the model on the batch.
+        parameters: Which parameters are differentiated; see `select_parameters`.
+        pseudo: Replace the c outputs by their sum divided by √c.
+
+    Raises:
+        UnsupportedModelError: If parameters are complex, lazy or sharded.
+    """
+
+    params: Params
+    """The parameters to differentiate, detached."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        output_fn: OutputFunction | None = None,
+        parameters: ParameterFilter = None,
+        pseudo: bool = False,
+    ) -> None:
+        _refuse_unmeasurable(model)
+        selected = set(select_parameters(model, parameters))
+        tensors = {
+            name: _full_precision(tensor.detach())
+            for name, tensor in model.named_parameters()
+        }
+        self.params = {k: v for k, v in tensors.items() if k in selected}
+        self._fixed = {k: v for k, v in tensors.items() if k not in selected}
+        self._buffers = {
+            name: _full_precision(buffer.detach())
+            for name, buffer in model.named_buffers()
+        }
+        self._outputs = _Outputs(model, output_fn or call_model, pseudo)
+        self.dtype = _common_dtype(tensors.values())
+        self.device = next(iter(self.params.values())).device
+
+    def __call__(self, params: Params, x: Inputs) -> Float[Tensor, "n c"]:
+        """Outputs at the given parameters; those not given keep their own value."""
+        return self.during(params, x, lambda outputs: outputs)
+
+    def during(
+        self, params: Params, x: Inputs, then: Callable[[Tensor], _Result]
+    ) -> _Result:
+        """`then(outputs)`, run while `params` are still those of the module."""
+        # Recomputation in a backward pass (activation checkpointing) looks the
+        # parameters up again, so the backward pass has to happen in here.
+        # Buffers are cloned: train-mode BatchNorm updates them even when detached.
+        state = self.params | params | self._fixed
+        state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
+        result: _Result = functional_call(self._outputs, state, (x, then))
+        return result
+
+    def prepare(self, x: Inputs) -> Inputs:
+        """A batch on the device of the parameters, floating tensors in their dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.is_complex():
+                raise UnsupportedModelError(
+                    f"the inputs are {tensor.dtype}; kernels of complex inputs are not "
+                    "defined here. Pass real and imaginary parts as two real channels."
+                )
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            # `clone` leaves inference mode behind for good.
+            moved = tensor.detach().to(self.device, dtype)
+            return moved.clone() if moved.is_inference() else moved
+
+        prepared: Inputs = map_tensors(move, x)
+        return prepared
+
+
+class _Outputs(nn.Module):
+    """`functional_call` needs a module: this one is `output_fn` of the model."""
+
+    def __init__(
+        self, model: nn.Module, output_fn: OutputFunction, pseudo: bool
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.output_fn = output_fn
+        self.pseudo = pseudo
+
+    def forward(self, x: Inputs, then: Callable[[Tensor], Any]) -> Any:
+        outputs = flat_outputs(self.output_fn(self.model, x), batch_size(x))
+        if self.pseudo:
+            outputs = outputs.sum(1, keepdim=True) / outputs.shape[1] ** 0.5
+        return then(outputs)
+
+
+def call_model(model: nn.Module, x: Inputs) -> Tensor:
+    """The default `output_fn`: the logits of `model(x)`.
+
+    A tuple or list is unpacked into positional arguments, a mapping into keywords. A
+    result that holds `logits`, or exactly one tensor, stands for that tensor.
+
+    Args:
+        model: Any module.
+        x: One batch.
+
+    Returns:
+        A tensor `(n, ...)`.
+
+    Raises:
+        UnsupportedModelError: If the result is not one tensor, or the model has no
+            `forward`.
+    """
+    if type(model).forward in (nn.Module.forward, _lightning_forward(model)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not define `forward`. Pass what to call, for "
+            "example `output_fn=lambda module, x: module.net(x)`."
+        )
+    if isinstance(x, Tensor):
+        result = model(x)
+    elif isinstance(x, Mapping):
+        result = model(**x)
+    else:
+        result = model(*x)
+    return _single_tensor(result, type(model).__name__)
+
+
+def _lightning_forward(model: nn.Module) -> Any:
+    """`LightningModule.forward`, which only raises, without importing Lightning."""
+    for kind in type(model).__mro__:
+        if kind.__name__ == "LightningModule":
+            return vars(kind).get("forward")
+    return None
+
+
+def _single_tensor(result: Any, who: str) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping):
+        entries = dict(result)
+    elif isinstance(result, tuple | list):
+        entries = {str(index): value for index, value in enumerate(result)}
+    else:
+        entries = dict(vars(result)) if hasattr(result, "__dict__") else {}
+    tensors = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
+    if "logits" in tensors:
+        return tensors["logits"]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    shapes = ", ".join(f"{key}: {tuple(v.shape)}" for key, v in tensors.items())
+    raise UnsupportedModelError(
+        f"{who} returned a {type(result).__name__} with {len(tensors)} tensors "
+        f"({shapes}); one tensor (n, ...) is needed. Pass the one to measure, for "
+        "example `output_fn=lambda model, x: model(x)[0]`."
+    )
+
+
+def flat_outputs(outputs: Tensor, n: int) -> Float[Tensor, "n c"]:
+    """Outputs `(n, ...)` as `(n, c)`.
+
+    Args:
+        outputs: What the model returned.
+        n: Number of examples that went in.
+
+    Returns:
+        The same numbers, trailing axes flattened.
+
+    Raises:
+        UnsupportedModelError: If the outputs are complex or integers, or their first
+            axis is not the batch.
+    """
+    if not outputs.is_floating_point():
+        raise UnsupportedModelError(
+            f"the outputs are {outputs.dtype}; a kernel needs real numbers. Pass "
+            "an `output_fn` that returns logits, or real and imaginary parts."
+        )
+    if outputs.ndim == 0 or outputs.shape[0] != n:
+        raise UnsupportedModelError(
+            f"the outputs have shape {tuple(outputs.shape)} for {n} examples; the "
+            "first axis must be the examples. Pass an `output_fn` that puts it first."
+        )
+    return outputs.reshape(n, -1)
+
+
+def _refuse_unmeasurable(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise UnsupportedModelError(
+                f"{name!r} is lazy and has no shape yet. Run one batch through the "
+                "model first."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UnsupportedModelError(
+                f"parameter {name!r} is {parameter.dtype}; the kernel of complex "
+                "parameters is not defined here. Store real and imaginary parts as two "
+                "real parameters (torch.view_as_real)."
+            )
+        kind = type(parameter).__name__
+        if "DTensor" in kind or kind == "FlatParameter" or hasattr(parameter, "ds_id"):
+            raise UnsupportedModelError(
+                f"parameter {name!r} is sharded over processes ({kind}); kernels are "
+                "measured on one process. Gather the parameters first, or train with "
+                "DDP or on one device."
+            )
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    half = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.float() if half else tensor
+
+
+def _common_dtype(tensors: Any) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

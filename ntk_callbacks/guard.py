@@ -1,0 +1,213 @@
+"""The guard: what happens inside leaves no trace on a model, a generator or a flag."""
+
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def quietly(module: nn.Module) -> Iterator[None]:
+    """Run a measurement on `module` and put everything back, on exceptions too.
+
+    Restored bit for bit: parameters, buffers and tensors kept as plain attributes;
+    `.grad` (hidden inside, so that a `backward` cannot add to a half-accumulated
+    gradient); `requires_grad`; the `training` flag of every submodule; hooks and other
+    attributes of every submodule; the generators of Python, NumPy, torch and the
+    module's devices; default dtype and backend flags. Inside, gradients are enabled,
+    autocast and inference mode are off, and float32 products are taken in float32: TF32
+    and other shortened formats are off.
+
+    Not restored: what user code keeps outside the module (files, global lists).
+    Costs one copy of the parameters and buffers while it is open.
+
+    Args:
+        module: The module that is about to be measured.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
+        >>> before = torch.get_rng_state()
+        >>> with quietly(net):
+        ...     net.eval()(torch.randn(3, 2)).sum().backward()
+        >>> net.training, net[0].weight.grad, torch.equal(before, torch.get_rng_state())
+        (True, None, True)
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    devices = {tensor.device for tensor in tensors if tensor.device.type != "meta"}
+    with ExitStack() as stack:
+        stack.enter_context(isolated_rng(devices))
+        stack.enter_context(_flags_kept())
+        stack.enter_context(torch.inference_mode(False))
+        snapshot = _Snapshot(module)
+        stack.callback(snapshot.restore)
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu"} | {device.type for device in devices}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def isolated_rng(devices: set[torch.device] | None = None) -> Iterator[None]:
+    """Restore the generators of Python, NumPy, torch and the given devices on exit."""
+    python = random.getstate()
+    numpy = sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy is not None else None
+    cpu = torch.get_rng_state()
+    accelerators = {
+        device: torch.get_device_module(device).get_rng_state(device)
+        for device in devices or ()
+        if hasattr(torch.get_device_module(device), "get_rng_state")
+        and device.type not in ("cpu", "mps")
+    }
+    mps = any(device.type == "mps" for device in devices or ())
+    mps_state = torch.mps.get_rng_state() if mps else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        for device, state in accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
+
+
+@contextmanager
+def _flags_kept() -> Iterator[None]:
+    """Full float32 precision inside; every process-wide numerical setting restored."""
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn
+    benchmark, cudnn_deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        with _ieee_float32():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        cudnn.benchmark, cudnn.deterministic = benchmark, cudnn_deterministic
+
+
+@contextmanager
+def _ieee_float32() -> Iterator[None]:
+    backends: Any = torch.backends  # the stubs do not know every operator
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        precision = torch.get_float32_matmul_precision()
+        allowed = backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            backends.cudnn.allow_tf32 = allowed
+        return
+    mkldnn = backends.mkldnn
+    operators = [
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
+    ]
+    saved = [operator.fp32_precision for operator in operators]
+    try:
+        for operator in operators:
+            operator.fp32_precision = "ieee"
+        yield
+    finally:
+        for operator, precision in zip(operators, saved, strict=True):
+            operator.fp32_precision = precision
+
+
+class _Snapshot:
+    """Everything of a module tree that a measurement could change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._training = [(part, part.training) for part in modules]
+        self._attributes = [(part, dict(vars(part))) for part in modules]
+        self._containers = [
+            (value, value.copy())
+            for _, attributes in self._attributes
+            for value in attributes.values()
+            if isinstance(value, dict | list | set | deque)
+        ]
+        self._gradients = [
+            (parameter, parameter.requires_grad, parameter.grad)
+            for parameter in module.parameters()
+        ]
+        plain = [
+            value
+            for _, attributes in self._attributes
+            for value in attributes.values()
+            if isinstance(value, Tensor)
+        ]
+        kept = {
+            id(tensor): tensor
+            for tensor in [*module.parameters(), *module.buffers(), *plain]
+            if not is_lazy(tensor)
+        }
+        self._tensors = [
+            (tensor, tensor.data, tensor.detach().clone()) for tensor in kept.values()
+        ]
+        for parameter, _, _ in self._gradients:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        for part, attributes in self._attributes:
+            current = vars(part)
+            for name in current.keys() - attributes.keys():
+                del current[name]
+            for name, value in attributes.items():
+                if current.get(name, _ABSENT) is not value:
+                    current[name] = value
+        for container, contents in self._containers:
+            _refill(container, contents)
+        for part, training in self._training:
+            if part.training != training:
+                part.training = training
+        for tensor, storage, saved in self._tensors:
+            if tensor.data_ptr() != storage.data_ptr():
+                tensor.data = storage
+            # Through `.data`, so that a graph the user still holds stays valid.
+            if not saved.is_meta and not torch.equal(storage, saved):
+                storage.copy_(saved)
+        for parameter, requires_grad, grad in self._gradients:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+_ABSENT = object()
+
+
+def _refill(container: Any, contents: Any) -> None:
+    """Give a container its former contents without replacing the object."""
+    if len(container) == len(contents) and all(
+        new is old for new, old in zip(_items(container), _items(contents), strict=True)
+    ):
+        return
+    container.clear()
+    container.extend(contents) if hasattr(container, "extend") else container.update(
+        contents
+    )
+
+
+def _items(container: Any) -> Iterator[Any]:
+    if isinstance(container, dict):
+        for key, value in container.items():
+            yield key
+            yield value
+    else:
+        yield from container

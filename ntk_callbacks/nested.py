@@ -1,0 +1,71 @@
+"""Batches that are tensors, or nested tuples, lists and mappings of tensors.
+
+Every tensor of a batch has the examples along its first axis. Whatever is not a tensor
+(a flag, None) belongs to all examples and passes through unchanged.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ntk_callbacks._types import Inputs
+
+
+def leaves(x: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order of its structure."""
+    found: list[Tensor] = []
+    map_tensors(found.append, x)
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """A batch of the same structure with `function` applied to every tensor."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {key: map_tensors(function, value) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):  # a named tuple
+        return type(x)(*(map_tensors(function, value) for value in x))
+    if isinstance(x, tuple | list):
+        return type(x)(map_tensors(function, value) for value in x)
+    return x
+
+
+def replace_leaves(x: Any, tensors: list[Tensor]) -> Any:
+    """A batch with the structure of `x` and the given tensors, in order."""
+    remaining = iter(tensors)
+    return map_tensors(lambda _: next(remaining), x)
+
+
+def batch_size(x: Inputs) -> int:
+    """Number of examples in a batch.
+
+    Args:
+        x: The batch.
+
+    Returns:
+        The common leading dimension n of its tensors.
+
+    Raises:
+        ValueError: If the batch holds no tensor, or its tensors disagree about n.
+    """
+    tensors = leaves(x)
+    if not tensors:
+        raise ValueError(
+            f"a batch must hold at least one tensor, got {type(x).__name__} without any"
+        )
+    sizes = [tensor.shape[0] if tensor.ndim else None for tensor in tensors]
+    if sizes[0] is None or any(size != sizes[0] for size in sizes):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(
+            "every tensor of a batch needs the same leading dimension n, got shapes "
+            f"{shapes}"
+        )
+    return sizes[0]
+
+
+def examples(x: Inputs, start: int, stop: int) -> Inputs:
+    """The examples `start` to `stop` (exclusive) of a batch."""
+    part: Inputs = map_tensors(lambda tensor: tensor[start:stop], x)
+    return part

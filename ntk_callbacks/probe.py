@@ -1,0 +1,269 @@
+"""Probe: the fixed examples a run is measured on, and how to draw them from data."""
+
+import copy
+import hashlib
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate
+
+from ntk_callbacks._types import Inputs
+from ntk_callbacks.errors import ProbeError
+from ntk_callbacks.guard import isolated_rng
+from ntk_callbacks.nested import batch_size, examples, leaves, map_tensors
+
+_INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "features", "data")
+_TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed inputs, and optionally targets, that every measurement of a run uses.
+
+    Args:
+        inputs: A tensor `(n, ...)`, or a nested tuple, list or mapping of tensors with
+            leading dimension n. A tuple becomes the positional arguments of the model,
+            a mapping its keywords.
+        targets: Class indices `(n,)`, or real targets `(n, ...)`; None if unknown.
+
+    Raises:
+        ProbeError: If there is no example, the tensors disagree about n, or an input is
+            not finite.
+
+    Example:
+        >>> probe = Probe(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+        >>> probe.n, probe.digest[:8]
+        (3, '972fcb63')
+    """
+
+    inputs: Inputs
+    targets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            n = batch_size(self.inputs)
+        except ValueError as error:
+            raise ProbeError(f"Probe: {error}") from error
+        if n == 0:
+            raise ProbeError("Probe: there is no example; at least one is needed.")
+        if self.targets is not None and len(self.targets) != n:
+            raise ProbeError(
+                f"Probe: {n} inputs but {len(self.targets)} targets; give one target "
+                "to each input."
+            )
+        for tensor in leaves(self.inputs):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ProbeError(
+                    "Probe: the inputs hold NaN or infinite values; every measurement "
+                    "on them would be NaN. Clean them first."
+                )
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return batch_size(self.inputs)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the inputs and targets: values, shapes, dtypes and their order."""
+        digest = hashlib.sha256()
+        targets = () if self.targets is None else (self.targets,)
+        for tensor in [*leaves(self.inputs), *targets]:
+            value = tensor.detach().cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @classmethod
+    def from_loader(
+        cls, loader: Any, n: int, balanced: bool = False, seed: int | None = 0
+    ) -> "Probe":
+        """Draw n examples from a loader's data set.
+
+        The loader is not iterated: neither it, its sampler nor any generator notices.
+        Examples go through the loader's own `collate_fn`.
+
+        Args:
+            loader: A `DataLoader`, or anything with a `dataset` (and `collate_fn`).
+            n: Number of examples.
+            balanced: Take equally many of each class (up to one more for some), the
+                classes one after the other. Reads targets until every class is full.
+            seed: Which examples; None takes the first n in the order of the data set.
+                A data set without `len` always gives its first n.
+
+        Returns:
+            A probe on the CPU.
+
+        Raises:
+            ProbeError: If the data hold fewer than n examples (or, balanced, too few
+                of a class), or a batch is neither `(x, y)`, a tensor, nor a mapping
+                with an obvious input key.
+
+        Example:
+            >>> data = torch.utils.data.TensorDataset(torch.eye(4), torch.arange(4) % 2)
+            >>> loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+            >>> Probe.from_loader(loader, 4, balanced=True).targets
+            tensor([0, 0, 1, 1])
+        """
+        if n < 1:
+            raise ProbeError(f"Probe.from_loader: n must be at least 1, got {n}.")
+        if not hasattr(loader, "dataset"):
+            raise ProbeError(
+                f"Probe.from_loader: a {type(loader).__name__} has no `dataset` to "
+                "draw from. Build the probe yourself: Probe(inputs, targets)."
+            )
+        collate = getattr(loader, "collate_fn", None) or default_collate
+        with isolated_rng():
+            samples = _samples(loader.dataset, seed, limited=None if balanced else n)
+            if balanced:
+                return cls._balanced(samples, n, collate)
+            drawn = list(islice(samples, n))
+            if len(drawn) < n:
+                raise ProbeError(
+                    f"Probe.from_loader: the data hold {len(drawn)} examples, fewer "
+                    f"than the {n} asked for. Ask for at most {len(drawn)}."
+                )
+            return cls._from_batch(collate(drawn))
+
+    @classmethod
+    def _balanced(cls, samples: Iterator[Any], n: int, collate: Any) -> "Probe":
+        """Equal shares of the classes, each the first examples of its class."""
+        by_class: dict[int, list[Any]] = {}
+        for sample in samples:
+            target = cls._from_batch(collate([sample])).targets
+            if target is None or target.is_floating_point() or target.numel() != 1:
+                raise ProbeError(
+                    "Probe.from_loader: balanced=True needs one class index for each "
+                    "example. Draw with balanced=False."
+                )
+            kept = by_class.setdefault(int(target), [])
+            if len(kept) < n:
+                kept.append(sample)
+        classes = sorted(by_class)
+        share, rest = divmod(n, max(len(classes), 1))
+        wanted = [share + (index < rest) for index in range(len(classes))]
+        for label, count in zip(classes, wanted, strict=True):
+            if len(by_class[label]) < count:
+                raise ProbeError(
+                    f"Probe.from_loader: {n} balanced examples of {len(classes)} "
+                    f"classes need {count} of class {label}; the data hold "
+                    f"{len(by_class[label])}. Ask for fewer."
+                )
+        drawn = [
+            sample
+            for label, count in zip(classes, wanted, strict=True)
+            for sample in by_class[label][:count]
+        ]
+        if not drawn:
+            raise ProbeError("Probe.from_loader: the data set is empty.")
+        return cls._from_batch(collate(drawn))
+
+    @classmethod
+    def _from_batch(cls, batch: Any) -> "Probe":
+        """Split a batch as loaders give it into inputs and targets."""
+        if isinstance(batch, Tensor):
+            return cls(batch)
+        if isinstance(batch, Mapping):
+            return cls._from_mapping(batch)
+        if isinstance(batch, Sequence) and len(batch) == 1:
+            return cls(batch[0])
+        if isinstance(batch, Sequence) and len(batch) == 2:
+            inputs, targets = batch
+            return cls(inputs, targets if isinstance(targets, Tensor) else None)
+        size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise ProbeError(
+            f"Probe: cannot tell inputs from targets in a batch that is a "
+            f"{type(batch).__name__}{size}; expected (x, y), a tensor, or a mapping. "
+            "Build the probe yourself: Probe(inputs, targets)."
+        )
+
+    @classmethod
+    def _from_mapping(cls, batch: Mapping[str, Any]) -> "Probe":
+        targets = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+        targets = targets if isinstance(targets, Tensor) else None
+        for key in _INPUT_KEYS:
+            if key in batch:
+                return cls(batch[key], targets)
+        inputs = {
+            key: value
+            for key, value in batch.items()
+            if isinstance(value, Tensor) and key not in _TARGET_KEYS
+        }
+        if not inputs:
+            raise ProbeError(
+                f"Probe: no input among the batch keys {sorted(batch)}; expected one "
+                f"of {', '.join(_INPUT_KEYS)}, or the keyword arguments of the model. "
+                "Build the probe yourself: Probe(inputs, targets)."
+            )
+        return cls(inputs, targets)
+
+    def to(self, device: torch.device | str) -> "Probe":
+        """The same examples on another device."""
+        targets = None if self.targets is None else self.targets.detach().to(device)
+        inputs = map_tensors(lambda tensor: tensor.detach().to(device), self.inputs)
+        return Probe(inputs, targets)
+
+    def save(self, path: str | Path) -> None:
+        """Write the probe to a file that `Probe.load` and `torch.load` can read."""
+        probe = self.to("cpu")
+        contents = {"inputs": probe.inputs, "targets": probe.targets}
+        torch.save({**contents, "digest": self.digest}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Probe":
+        """Read a probe that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            A probe on the CPU.
+
+        Raises:
+            ProbeError: If the file is missing, not a probe, or was altered.
+        """
+        if not Path(path).is_file():
+            raise ProbeError(f"Probe.load: there is no file {str(path)!r}.")
+        try:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+            probe = cls(contents["inputs"], contents["targets"])
+            digest = contents["digest"]
+        except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError) as error:
+            raise ProbeError(
+                f"Probe.load: {str(path)!r} is not a probe written by Probe.save "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        if probe.digest != digest:
+            raise ProbeError(
+                f"Probe.load: {str(path)!r} was altered: its examples hash to "
+                f"{probe.digest[:8]}, the file says {digest[:8]}."
+            )
+        return probe
+
+    def __getitem__(self, part: slice) -> "Probe":
+        """Some of the examples, in order, as a probe."""
+        start, stop, _ = part.indices(self.n)
+        targets = None if self.targets is None else self.targets[start:stop]
+        return Probe(examples(self.inputs, start, stop), targets)
+
+
+def _samples(dataset: Any, seed: int | None, limited: int | None) -> Iterator[Any]:
+    """Examples of a data set one by one, without moving any state of it."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        # A copy, because iterating may consume the stream the training loop reads.
+        yield from copy.deepcopy(dataset)
+        return
+    size = len(dataset)
+    order = list(range(size))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(size, generator=generator).tolist()
+    for index in islice(order, limited):
+        yield dataset[index]
