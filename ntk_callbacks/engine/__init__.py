@@ -1,0 +1,1 @@
+"""Tensors from a model and its inputs: kernels, Jacobians, spectra."""

@@ -1,0 +1,283 @@
+"""The exact routes: per-example Jacobians, contracted parameter by parameter.
+
+`"vmap"` differentiates many examples at once with `torch.func`; `"rows"` takes one row
+of the Jacobian at a time with plain autograd, slower and always right. Both hand blocks
+of J to the same contraction, which adds up one Gram matrix per parameter: one float32
+sum over all parameters together would be ten times less accurate.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jacrev, vmap
+
+from ntk_callbacks._types import Inputs, Kernel, Params, Scaling
+from ntk_callbacks.engine.coupling import is_coupled
+from ntk_callbacks.engine.memory import blocks
+from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
+
+Jacobians: TypeAlias = Iterator[tuple[slice, Params]]
+"""(examples, {name: (m, c, *shape)}), one chunk of examples after the other."""
+
+Jacobian: TypeAlias = Callable[
+    ["Problem", Inputs, list[str], range, int, bool], Jacobians
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kernel to compute: f, the inputs of both sides, and what is made of J.
+
+    Args:
+        function: f(params, x) -> (n, c), differentiated in `function.params`.
+        x1: Inputs of the rows.
+        x2: Inputs of the columns; None for those of the rows.
+        outputs: How the output axes are contracted.
+        groups: Parameter name -> the part of the kernel it adds to.
+        scaling: Diagonal of Λ for each parameter, or None for the identity.
+        budget: Bytes of working memory.
+        joint: Whether the examples are known to depend on one another.
+    """
+
+    function: ModelFunction
+    x1: Inputs
+    x2: Inputs | None
+    outputs: Literal["full", "trace", "diagonal"]
+    groups: dict[str, str]
+    scaling: Scaling | None
+    budget: int
+    joint: bool
+
+    @property
+    def sides(self) -> list[Inputs]:
+        """The inputs to differentiate: one batch, or two for a cross kernel."""
+        return [self.x1] if self.x2 is None else [self.x1, self.x2]
+
+
+def contracted(problem: Problem, jacobian: Jacobian) -> dict[str, Kernel]:
+    """The parts of the kernel, from blocks of the Jacobian.
+
+    Args:
+        problem: What to compute.
+        jacobian: The route that gives blocks of J.
+
+    Returns:
+        One kernel for each part, exactly symmetric if `x2` is None.
+    """
+    function = problem.function
+    coupled = [problem.joint or is_coupled(function, x) for x in problem.sides]
+    n = [batch_size(x) for x in problem.sides]
+    c, activations = _graph_size(function, problem.x1)
+    plan = blocks(
+        {name: function.params[name].numel() for name in problem.groups},
+        max(n),
+        c,
+        function.dtype.itemsize,
+        both=problem.x2 is not None,
+        activations=activations,
+        budget=problem.budget,
+    )
+    shape = {"full": (c, c), "trace": (), "diagonal": (c,)}[problem.outputs]
+    parts = {
+        part: torch.zeros(
+            (n[0], n[-1], *shape), dtype=function.dtype, device=function.device
+        )
+        for part in dict.fromkeys(problem.groups.values())
+    }
+
+    def block(side: int, names: list[str], rows: range) -> Params:
+        chunks = jacobian(
+            problem, problem.sides[side], names, rows, plan.chunk, coupled[side]
+        )
+        return _gathered(problem, chunks, names, len(rows), c)
+
+    for names in plan.parameters:
+        for rows in _ranges(n[0], plan.examples):
+            left = block(0, names, rows)
+            for columns in _ranges(n[-1], plan.examples):
+                if problem.x2 is None and columns.start < rows.start:
+                    continue  # mirrored below
+                same = problem.x2 is None and columns == rows
+                right = left if same else block(-1 % len(n), names, columns)
+                for name in names:
+                    parts[problem.groups[name]][
+                        rows.start : rows.stop, columns.start : columns.stop
+                    ] += gram(left[name], right[name], problem.outputs)
+    if problem.x2 is None:
+        return {part: symmetric(kernel) for part, kernel in parts.items()}
+    return parts
+
+
+def _ranges(n: int, size: int) -> list[range]:
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _gathered(
+    problem: Problem, chunks: Jacobians, names: list[str], m: int, c: int
+) -> Params:
+    """Chunks of J in one block `(m, c, p)` for each parameter, scaled by √Λ."""
+    params = problem.function.params
+    held = {
+        name: params[name].new_empty((m, c, params[name].numel())) for name in names
+    }
+    for rows, chunk in chunks:
+        for name in names:
+            held[name][rows] = chunk.pop(name).flatten(2).detach()
+    if problem.scaling is not None:
+        for name in names:
+            scale = torch.as_tensor(
+                problem.scaling[name],
+                dtype=params[name].dtype,
+                device=params[name].device,
+            )
+            held[name] *= scale.sqrt().expand(params[name].shape).reshape(-1)
+    return held
+
+
+def gram(
+    j1: Float[Tensor, "n1 c p"],
+    j2: Float[Tensor, "n2 c p"],
+    outputs: Literal["full", "trace", "diagonal"],
+) -> Kernel:
+    """J₁ J₂ᵀ with its output axes kept, traced (1/c) or restricted to the diagonal."""
+    (n1, c, _), n2 = j1.shape, j2.shape[0]
+    if outputs == "full":
+        product = j1.flatten(0, 1) @ j2.flatten(0, 1).mT
+        return product.view(n1, c, n2, c).transpose(1, 2)
+    if outputs == "trace":
+        return j1.flatten(1) @ j2.flatten(1).mT / c
+    return (j1.transpose(0, 1) @ j2.permute(1, 2, 0)).permute(1, 2, 0)
+
+
+def symmetric(kernel: Kernel) -> Kernel:
+    """The upper triangle and its mirror image: symmetric to the last bit."""
+    n = kernel.shape[0]
+    if kernel.ndim == 4:
+        c = kernel.shape[-1]
+        matrix = kernel.transpose(1, 2).reshape(n * c, n * c)
+        matrix = matrix.triu() + matrix.triu(1).mT
+        return matrix.view(n, c, n, c).transpose(1, 2)
+    batched = kernel if kernel.ndim == 2 else kernel.permute(2, 0, 1)
+    batched = batched.triu() + batched.triu(1).mT
+    return batched if kernel.ndim == 2 else batched.permute(1, 2, 0)
+
+
+def vmapped_jacobian(
+    problem: Problem, x: Inputs, names: list[str], rows: range, chunk: int, joint: bool
+) -> Jacobians:
+    """J of many examples at once: `vmap` over examples of `jacrev` over outputs."""
+    if joint:
+        raise UnsupportedModelError(
+            'route="vmap" differentiates each example on its own, but here the output '
+            "of one example depends on the others (for example BatchNorm on batch "
+            'statistics). Use route="rows" or route="auto".'
+        )
+    function = problem.function
+    selected = {name: function.params[name] for name in names}
+
+    def single(params: Params, tensors: list[Tensor]) -> Tensor:
+        example = replace_leaves(x, [tensor.unsqueeze(0) for tensor in tensors])
+        return function(params, example).squeeze(0)
+
+    differentiate = vmap(jacrev(single), in_dims=(None, 0))
+    for start in range(rows.start, rows.stop, chunk):
+        stop = min(start + chunk, rows.stop)
+        part = leaves(examples(x, start, stop))
+        yield (
+            slice(start - rows.start, stop - rows.start),
+            differentiate(selected, part),
+        )
+
+
+def row_jacobian(
+    problem: Problem, x: Inputs, names: list[str], rows: range, chunk: int, joint: bool
+) -> Jacobians:
+    """J row by row: one backward pass for each output of each example."""
+    # Independent examples are run alone, so that a row costs the backward pass of one
+    # example; coupled ones share one graph of the whole batch.
+    function = problem.function
+    leaf = {
+        name: function.params[name].clone().requires_grad_(name in names)
+        for name in function.params
+    }
+    wanted = [leaf[name] for name in names]
+
+    def differentiated(outputs: Float[Tensor, "m c"]) -> Params:
+        jacobian = {
+            name: leaf[name].new_zeros((*outputs.shape, *leaf[name].shape))
+            for name in names
+        }
+        for index in torch.cartesian_prod(*map(torch.arange, outputs.shape)).view(
+            -1, 2
+        ):
+            i, k = index.tolist()
+            for name, row in zip(names, _row(outputs[i, k], wanted), strict=True):
+                if row is not None:
+                    jacobian[name][i, k] = row
+        return jacobian
+
+    if joint:
+        part = slice(rows.start, rows.stop)
+        yield (
+            slice(0, len(rows)),
+            function.during(leaf, x, lambda outputs: differentiated(outputs[part])),
+        )
+        return
+    for i in rows:
+        yield (
+            slice(i - rows.start, i - rows.start + 1),
+            function.during(leaf, examples(x, i, i + 1), differentiated),
+        )
+
+
+def _row(output: Tensor, wanted: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of one number; None for parameters it does not depend on."""
+    if not output.requires_grad:
+        return [None] * len(wanted)
+    try:
+        return list(
+            torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
+        )
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+    # Reentrant checkpointing only works through `.backward()`.
+    torch.autograd.backward(output, retain_graph=True)
+    gradients = [tensor.grad for tensor in wanted]
+    for tensor in wanted:
+        tensor.grad = None
+    return gradients
+
+
+def _graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
+    """Outputs of one example, and bytes its graph keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    n = batch_size(x)
+    known = {t.untyped_storage().data_ptr() for t in function.params.values()}
+    leaf = {k: v.detach().requires_grad_() for k, v in function.params.items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        c = function(leaf, x).shape[1]
+    saved = sum(size for pointer, size in kept.items() if pointer not in known)
+    return c, -(-saved // n)
+
+
+Route: TypeAlias = Callable[[Problem], dict[str, Kernel]]
+
+ROUTES: dict[str, Route] = {
+    "vmap": partial(contracted, jacobian=vmapped_jacobian),
+    "rows": partial(contracted, jacobian=row_jacobian),
+}
+"""Name -> how a kernel is computed. All give the same numbers."""

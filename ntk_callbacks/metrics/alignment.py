@@ -1,0 +1,108 @@
+"""What a kernel is aligned with: another kernel, the targets, single outputs."""
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from ntk_callbacks.metrics.drift import frobenius_norm
+
+
+def cka(
+    kernel: Float[Tensor, "n n"], reference: Float[Tensor, "n n"]
+) -> Float[Tensor, ""]:
+    """Centered kernel alignment, the cosine ⟨HKH, HLH⟩_F / (‖HKH‖ ‖HLH‖).
+
+    H = 1 − 𝟙𝟙ᵀ/n removes the mean over the examples on both sides.
+
+    Args:
+        kernel: K, n×n.
+        reference: L, n×n.
+
+    Returns:
+        Value in [0, 1] for two kernels (positive semi-definite); NaN if either is
+        constant over the examples.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> cka(torch.eye(3), 2 * torch.eye(3))
+        tensor(1.0000)
+
+    References:
+        Cortes, Mohri, Rostamizadeh 2012, arXiv:1203.0550.
+    """
+    if kernel.shape != reference.shape:
+        raise ValueError(
+            f"cka: the kernels have shapes {tuple(kernel.shape)} and "
+            f"{tuple(reference.shape)}; they need the same examples."
+        )
+    first, second = centered(kernel), centered(reference)
+    lengths = frobenius_norm(first) * frobenius_norm(second)
+    return (first * second).sum() / lengths
+
+
+def centered(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Kernel with the mean over the examples removed on both sides, HKH."""
+    columns = kernel - kernel.mean(0, keepdim=True)
+    return columns - columns.mean(1, keepdim=True)
+
+
+def target_alignment(
+    kernel: Float[Tensor, "n n"], targets: Shaped[Tensor, "n ..."]
+) -> Float[Tensor, ""]:
+    """Centered alignment of a kernel with the targets, `cka(K, Y Yᵀ)`.
+
+    Rises when the kernel learns to tell the classes apart.
+
+    Args:
+        kernel: Traced kernel, n×n.
+        targets: Class indices `(n,)` (Y is then one-hot), or real targets `(n, ...)`.
+
+    Returns:
+        Value in [0, 1]; NaN if all targets are equal.
+
+    Raises:
+        ValueError: If the number of targets is not n.
+
+    Example:
+        >>> blocks = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+        >>> target_alignment(blocks, torch.tensor([0, 0, 1, 1]))
+        tensor(1.)
+
+    References:
+        Baratin et al. 2021, arXiv:2008.00938; Atanasov, Bordelon, Pehlevan 2022,
+        arXiv:2111.00034.
+    """
+    if len(targets) != len(kernel):
+        raise ValueError(
+            f"target_alignment: {len(targets)} targets for a kernel of {len(kernel)} "
+            "examples."
+        )
+    if targets.is_floating_point():
+        y = targets.reshape(len(targets), -1).to(kernel.dtype)
+        return cka(kernel, y @ y.mT)
+    classes = targets.reshape(len(targets), -1)
+    same = (classes[:, None] == classes[None]).all(-1)  # Y Yᵀ of one-hot rows
+    return cka(kernel, same.to(kernel.dtype))
+
+
+def off_diagonal_share(ntk: Float[Tensor, "n n c c"]) -> Float[Tensor, ""]:
+    """Share of the kernel that couples different outputs.
+
+    Σ over k ≠ l of Θ[i, j, k, l]² divided by the sum over all k, l. It is 0 for an
+    infinitely wide network, whose kernel is a traced kernel times the identity.
+
+    Args:
+        ntk: Kernel with both output axes.
+
+    Returns:
+        Value in [0, 1]; 0 for a single output, NaN if the kernel is zero.
+
+    Example:
+        >>> off_diagonal_share(torch.eye(2).expand(3, 3, 2, 2))
+        tensor(0.)
+    """
+    total = (ntk**2).sum()
+    diagonal = (torch.diagonal(ntk, dim1=2, dim2=3) ** 2).sum()
+    return (total - diagonal) / total

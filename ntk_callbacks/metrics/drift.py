@@ -1,0 +1,144 @@
+"""How far a kernel or the weights have moved."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_callbacks._types import Params
+
+
+def relative_change(
+    kernel: Float[Tensor, "..."], reference: Float[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    """Relative change in Frobenius norm, ‖Θ − Θ₀‖_F / ‖Θ₀‖_F.
+
+    Args:
+        kernel: Θ, of any shape.
+        reference: Θ₀ of the same shape.
+
+    Returns:
+        Value in [0, ∞); NaN if the reference is zero.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> relative_change(torch.tensor([3.0]), torch.tensor([2.0]))
+        tensor(0.5000)
+    """
+    _check_shapes(kernel, reference)
+    return frobenius_norm(kernel - reference) / frobenius_norm(reference)
+
+
+def kernel_distance(
+    kernel: Float[Tensor, "..."], reference: Float[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    """Change of shape, 1 − ⟨Θ, Θ₀⟩_F / (‖Θ‖_F ‖Θ₀‖_F), not centered.
+
+    Blind to the scale of either kernel. Computed as half the squared distance of the
+    normalized kernels, which keeps its precision where the distance is small.
+
+    Args:
+        kernel: Θ, of any shape.
+        reference: Θ₀ of the same shape.
+
+    Returns:
+        Value in [0, 1] for two kernels (positive semi-definite), up to 2 otherwise; NaN
+        if either is zero.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> kernel_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
+        tensor(1.)
+
+    References:
+        Fort et al. 2020, arXiv:2010.15110 (kernel distance S).
+    """
+    _check_shapes(kernel, reference)
+    gap = kernel / frobenius_norm(kernel) - reference / frobenius_norm(reference)
+    return (gap**2).sum() / 2
+
+
+def frobenius_norm(kernel: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Root of the sum of squares of all entries, ‖Θ‖_F."""
+    length: Tensor = torch.linalg.vector_norm(kernel)
+    return length
+
+
+def displacement(params: Params, reference: Params) -> Float[Tensor, ""]:
+    """Relative distance of the weights from a reference, ‖θ − θ₀‖₂ / ‖θ₀‖₂.
+
+    Args:
+        params: θ, name -> tensor.
+        reference: θ₀ with the same names and shapes.
+
+    Returns:
+        Value in [0, ∞) in float64; infinite or NaN if θ₀ is zero.
+
+    Raises:
+        ValueError: If the names differ.
+
+    Example:
+        >>> displacement({"w": torch.tensor([3.0])}, {"w": torch.tensor([2.0])})
+        tensor(0.5000, dtype=torch.float64)
+
+    References:
+        Chizat, Oyallon, Bach 2019, arXiv:1812.07956 (small in the lazy regime).
+    """
+    return distance(params, reference) / norm(reference)
+
+
+def cosine_similarity(params: Params, reference: Params) -> Float[Tensor, ""]:
+    """Cosine of the angle between two weight vectors, ⟨θ, θ₀⟩ / (‖θ‖ ‖θ₀‖).
+
+    Args:
+        params: θ, name -> tensor.
+        reference: θ₀ with the same names and shapes.
+
+    Returns:
+        Value in [−1, 1] in float64; NaN if either is zero.
+
+    Raises:
+        ValueError: If the names differ.
+
+    Example:
+        >>> cosine_similarity({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 0.0])})
+        tensor(0.7071, dtype=torch.float64)
+    """
+    _check_names(params, reference)
+    products = [
+        (value.double() * reference[name].double()).sum()
+        for name, value in params.items()
+    ]
+    cosine = torch.stack(products).sum() / (norm(params) * norm(reference))
+    return cosine.clamp(-1.0, 1.0)
+
+
+def distance(params: Params, reference: Params) -> Float[Tensor, ""]:
+    """Distance of two weight vectors, ‖θ − θ₀‖₂, in float64."""
+    _check_names(params, reference)
+    return norm(
+        {name: value.double() - reference[name] for name, value in params.items()}
+    )
+
+
+def norm(params: Params) -> Float[Tensor, ""]:
+    """Length of a weight vector, ‖θ‖₂, in float64."""
+    squares = [(value.double() ** 2).sum() for value in params.values()]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _check_shapes(kernel: Tensor, reference: Tensor) -> None:
+    if kernel.shape != reference.shape:
+        raise ValueError(
+            f"the kernel has shape {tuple(kernel.shape)}, the reference "
+            f"{tuple(reference.shape)}; measure both on the same probe and outputs."
+        )
+
+
+def _check_names(params: Params, reference: Params) -> None:
+    if params.keys() != reference.keys():
+        differ = sorted(params.keys() ^ reference.keys())
+        raise ValueError(f"both need the same parameters; only one has {differ}.")

@@ -1,0 +1,135 @@
+"""Scalars of a spectrum: eigenvalues λ of a kernel, singular values s of a Jacobian.
+
+All are computed in the dtype given and return a tensor without axes.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def condition_number(
+    values: Float[Tensor, " r"], *, tolerance: float = 0.0
+) -> Float[Tensor, ""]:
+    """Ratio of the largest to the smallest value, λ_max / λ_min.
+
+    Args:
+        values: Eigenvalues of a kernel, or singular values, in any order.
+        tolerance: Values up to `tolerance · λ_max` count as zero; for a kernel of
+            precision ε pass ε, below which λ_min is round-off.
+
+    Returns:
+        Value in [1, ∞]: infinite if the smallest counts as zero, NaN if the largest is
+        zero or a value is NaN.
+
+    Raises:
+        ValueError: If `values` is empty.
+
+    Example:
+        >>> condition_number(torch.tensor([4.0, 1.0]))
+        tensor(4.)
+    """
+    _refuse_empty(values)
+    largest, smallest = values.max(), values.min()
+    singular = (smallest <= tolerance * largest) & (largest > 0)
+    return torch.where(singular, torch.inf, largest / smallest)
+
+
+def participation_ratio(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
+    """Number of eigendirections that share the trace, (Σᵢ λᵢ)² / Σᵢ λᵢ².
+
+    r for a flat spectrum, 1 for a rank-one kernel; needs no cut-off and does not change
+    when the kernel is rescaled.
+
+    Args:
+        eigenvalues: Kernel eigenvalues in any order, non-negative up to round-off.
+
+    Returns:
+        Dimensionless value in [1, r]; NaN if every eigenvalue is zero.
+
+    Raises:
+        ValueError: If `eigenvalues` is empty.
+
+    Example:
+        >>> participation_ratio(torch.tensor([4.0, 4.0, 0.0]))
+        tensor(2.)
+    """
+    _refuse_empty(eigenvalues)
+    return eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+
+
+def entropy_rank(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
+    """Effective number of eigendirections, exp(−Σᵢ pᵢ log pᵢ) with pᵢ = λᵢ/Σλ.
+
+    At least the participation ratio; weighs small eigenvalues more.
+
+    Args:
+        eigenvalues: Kernel eigenvalues in any order; negative ones are round-off and
+            count as zero.
+
+    Returns:
+        Dimensionless value in [1, r]; NaN if every eigenvalue is zero.
+
+    Raises:
+        ValueError: If `eigenvalues` is empty.
+
+    Example:
+        >>> entropy_rank(torch.tensor([4.0, 4.0, 0.0]))
+        tensor(2.)
+
+    References:
+        Roy, Vetterli 2007, "The effective rank", EUSIPCO.
+    """
+    _refuse_empty(eigenvalues)
+    shares = eigenvalues.clamp(min=0)
+    shares = shares / shares.sum()
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp()
+
+
+def mean_square(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Mean squared singular value ⟨s²⟩; χ^L in mean-field theory, 1 at criticality.
+
+    Args:
+        singular_values: Values of one or several Jacobians.
+
+    Returns:
+        Value in [0, ∞).
+
+    Raises:
+        ValueError: If there is no value.
+
+    References:
+        Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735.
+    """
+    _refuse_empty(singular_values)
+    return (singular_values**2).mean()
+
+
+def log_std(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Standard deviation of ln s: 0 exactly if all singular values are equal.
+
+    Args:
+        singular_values: Values of one or several Jacobians.
+
+    Returns:
+        Population standard deviation (divided by the count), in nats; infinite if some
+        but not all values are zero, NaN if all are.
+
+    Raises:
+        ValueError: If there is no value.
+
+    Example:
+        >>> log_std(torch.tensor([2.0, 2.0]))
+        tensor(0.)
+    """
+    _refuse_empty(singular_values)
+    zero = singular_values == 0
+    if zero.any() and not zero.all():
+        return singular_values.new_tensor(torch.inf)
+    return singular_values.log().std(correction=0)
+
+
+def _refuse_empty(values: Tensor) -> None:
+    if values.numel() == 0:
+        raise ValueError("a spectrum needs at least one value, got none.")

@@ -1,0 +1,1 @@
+"""Measurement -> loggers, images and tables."""
