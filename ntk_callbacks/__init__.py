@@ -1,17 +1,50 @@
 """See what a network's tangent kernel does while it trains."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ntk_callbacks import dynamics, metrics
+from ntk_callbacks.callbacks.schedule import at, every, log_spaced
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
 from ntk_callbacks.engine.kernel import as_matrix, empirical_ntk
 from ntk_callbacks.guard import quietly
+from ntk_callbacks.instruments.kernel import NTKOptions
 from ntk_callbacks.probe import Probe
+
+if TYPE_CHECKING:
+    from ntk_callbacks.callbacks.jacobian import JacobianMonitor
+    from ntk_callbacks.callbacks.kernel import NTKMonitor
+    from ntk_callbacks.callbacks.parameters import ParameterDriftMonitor
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "JacobianMonitor",
+    "NTKMonitor",
+    "NTKOptions",
+    "ParameterDriftMonitor",
     "Probe",
     "as_matrix",
+    "at",
+    "dynamics",
     "empirical_ntk",
+    "every",
     "input_jacobian",
     "input_singular_values",
+    "log_spaced",
+    "metrics",
     "quietly",
 ]
+
+# Imported when first asked for: Lightning takes seconds, and notebooks may not need it.
+_LAZY = {
+    "JacobianMonitor": "ntk_callbacks.callbacks.jacobian",
+    "NTKMonitor": "ntk_callbacks.callbacks.kernel",
+    "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -156,7 +156,9 @@ class _Snapshot:
         kept = {
             id(tensor): tensor
             for tensor in [*module.parameters(), *module.buffers(), *plain]
-            if not is_lazy(tensor)
+            # Comparing a sharded tensor would wait for other processes; measurements
+            # refuse them.
+            if not is_lazy(tensor) and "DTensor" not in type(tensor).__name__
         }
         self._tensors = [
             (tensor, tensor.data, tensor.detach().clone()) for tensor in kept.values()

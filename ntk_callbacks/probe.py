@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import pickle
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,8 +121,14 @@ class Probe:
                 f"Probe.from_loader: a {type(loader).__name__} has no `dataset` to "
                 "draw from. Build the probe yourself: Probe(inputs, targets)."
             )
+        if getattr(loader, "batch_sampler", loader) is None:
+            raise ProbeError(
+                "Probe.from_loader: this loader has batch_size=None, its data set yields "
+                "whole batches. Build the probe yourself: Probe(inputs, targets)."
+            )
         collate = getattr(loader, "collate_fn", None) or default_collate
         with isolated_rng():
+            _seed_everything(seed or 0)  # random transforms give the same probe again
             samples = _samples(loader.dataset, seed, limited=None if balanced else n)
             if balanced:
                 return cls._balanced(samples, n, collate)
@@ -252,6 +260,13 @@ class Probe:
         start, stop, _ = part.indices(self.n)
         targets = None if self.targets is None else self.targets[start:stop]
         return Probe(examples(self.inputs, start, stop), targets)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _samples(dataset: Any, seed: int | None, limited: int | None) -> Iterator[Any]:

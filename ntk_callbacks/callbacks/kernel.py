@@ -1,0 +1,78 @@
+"""NTKMonitor: the empirical neural tangent kernel while a network trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
+from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError, ProbeSource
+from ntk_callbacks.instruments.kernel import KernelInstrument, KernelMetric, NTKOptions
+
+
+class NTKMonitor(Monitor):
+    """Logs the spectrum, drift and alignment of the empirical NTK on a fixed probe.
+
+    Scalars, all of the kernel Θ on the probe: `ntk/trace`, `ntk/eigenvalue_max`,
+    `ntk/eigenvalue_min`, `ntk/condition_number`, `ntk/participation_ratio`,
+    `ntk/entropy_rank`, `ntk/relative_change` and `ntk/kernel_distance` from the first
+    measurement, `ntk/kernel_velocity` (kernel distance per step since the previous
+    one), `ntk/target_alignment` (if the probe has targets), `ntk/off_diagonal_share`
+    (if all outputs are kept) and `ntk/max_learning_rate` (for ½ Σ (f − y)² over the
+    probe). Where a logger draws: a histogram of log10 λ and the kernel as an image, the
+    examples ordered by class. `metrics` documents each formula.
+
+    Args:
+        probe: A number of training examples to draw (fixed by a seed, without touching
+            the loader), a `Probe`, a tensor of inputs, or the path of a saved probe.
+        every: `"epoch"`, `"3 epochs"`, n or `"n steps"`, `"5 per decade"`, a schedule,
+            or a function `step -> bool`. Step 0 and the last step are always measured.
+        outputs: As in `empirical_ntk`; `"auto"` keeps all outputs up to 2048 rows n·c
+            and traces them beyond.
+        metrics: None for all; names of some; or `{name: function of a KernelView}`.
+        parameters: As in `empirical_ntk`.
+        by: As in `empirical_ntk`; adds the trace of each part as `ntk_modules/trace/…`.
+        output_fn: `(model, x) -> (n, ...)` where the module's `forward` is not what to
+            measure, for example `lambda module, x: module.net(x)`.
+        options: `NTKOptions`: mode, route, memory budget, name of the tags.
+        on_error: `"warn"` skips what fails; `"raise"` raises.
+
+    Raises:
+        ValueError: If an argument is not understood.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> monitor = NTKMonitor(probe=128, every="5 per decade")
+        >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False)
+
+    References:
+        Jacot, Gabriel, Hongler 2018, arXiv:1806.07572; Fort et al. 2020,
+        arXiv:2010.15110 (distance, velocity).
+    """
+
+    def __init__(
+        self,
+        probe: ProbeSource = 64,
+        every: Every = "epoch",
+        *,
+        outputs: Outputs | Literal["auto"] = "auto",
+        metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
+        parameters: ParameterFilter = None,
+        by: Grouping = None,
+        output_fn: OutputFunction | None = None,
+        options: NTKOptions | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        instrument = KernelInstrument(
+            outputs=outputs,
+            metrics=metrics,
+            parameters=parameters,
+            by=by,
+            output_fn=output_fn,
+            options=options,
+        )
+        super().__init__(
+            instrument,
+            probe=probe,
+            every=every,
+            on_error=on_error,
+            settings=(instrument.options.name, outputs, parameters, by),
+        )

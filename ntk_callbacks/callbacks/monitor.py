@@ -1,0 +1,278 @@
+"""The Lightning shell around an instrument: when it measures, and what if it fails."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import lightning.pytorch
+import pytorch_lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
+from ntk_callbacks.errors import (
+    MemoryBudgetError,
+    ProbeError,
+    ProbeMismatchError,
+    UnsupportedModelError,
+)
+from ntk_callbacks.guard import quietly
+from ntk_callbacks.instruments.instrument import Instrument
+from ntk_callbacks.probe import Probe
+from ntk_callbacks.record import Measurement
+from ntk_callbacks.reporting.loggers import report
+
+ProbeSource: TypeAlias = int | str | Probe | Tensor
+Every: TypeAlias = int | str | Schedule | Callable[[int], bool]
+OnError: TypeAlias = Literal["warn", "raise"]
+
+_REFUSALS = (MemoryBudgetError, ProbeError, ProbeMismatchError, UnsupportedModelError)
+_PATIENCE = 3  # failures in a row after which a monitor steps aside for good
+
+
+# Both bases, so that trainers of either namespace accept a monitor alone or in a list;
+# their signatures differ only in which of the two `Trainer` classes they name.
+class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+    """Measures when the schedule says so; training stays bit for bit as it was.
+
+    Step 0 (before the first update) and the last step are always measured. Rank zero
+    measures and logs; the other processes are not involved.
+
+    Args:
+        instrument: What to measure.
+        probe: Examples to measure on: a `Probe`; a tensor of inputs; the path of a
+            saved probe; a number of examples to draw from the training data; or None
+            for an instrument that needs none.
+        every: See `as_schedule`.
+        on_error: `"warn"` skips a measurement that fails, and turns the monitor off
+            if it refuses the model or fails three times in a row; `"raise"` raises.
+        settings: What tells this monitor from another of its type, for checkpoints.
+
+    Raises:
+        ValueError: If an argument is not understood.
+    """
+
+    def __init__(
+        self,
+        instrument: Instrument,
+        *,
+        probe: ProbeSource | None,
+        every: Every,
+        on_error: OnError,
+        settings: tuple[Any, ...],
+    ) -> None:
+        super().__init__()
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error={on_error!r}; expected 'warn' or 'raise'.")
+        if not isinstance(probe, int | str | Probe | Tensor | None):
+            raise ValueError(
+                f"probe is a {type(probe).__name__}; expected a number of examples, a "
+                "Probe, a tensor of inputs, or the path of a saved probe."
+            )
+        if isinstance(probe, int) and (probe < 1 or isinstance(probe, bool)):
+            raise ValueError(f"probe must hold at least 1 example, got {probe}.")
+        self.instrument = instrument
+        self._pristine = instrument.state_dict()
+        self.schedule = as_schedule(every)
+        self.on_error = on_error
+        self.history: list[tuple[int, dict[str, float]]] = []
+        """(step, {tag: value}) of every measurement of this run."""
+        self._source = Probe(probe) if isinstance(probe, Tensor) else probe
+        self._settings = " ".join(_stable_text(value) for value in settings)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.history.clear()
+        self._step = 0
+        self._measured = -1
+        self._seen = 0
+        self._started = False
+        self._failures = 0
+        self._off = False
+        # The state before a final measurement off schedule: what a checkpoint keeps,
+        # so that a resumed run draws the curves of an unbroken one.
+        self._scheduled_state: dict[str, Any] | None = None
+        self._last_weights: Tensor | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Names the state in checkpoints; differs between differing monitors."""
+        return self._generate_state_key(
+            every=self.schedule.text, settings=self._settings
+        )
+
+    # When ---------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measure step 0, or go on where a checkpoint stopped."""
+        if trainer.global_step == 0 and self._step > 0:  # another run, same object
+            self._reset()
+            self.instrument.load_state_dict(self._pristine)
+        elif self._scheduled_state is not None:  # the same trainer fits on
+            self.load_state_dict(self.state_dict())
+        self._seen = trainer.global_step
+        if self._measured < 0:
+            self._step = trainer.global_step
+            if self._step > 0:
+                rank_zero_warn(
+                    f"{self._who}: the checkpoint holds no earlier measurement. "
+                    f"References are taken now, after {self._step} updates."
+                )
+            self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure after an optimizer update, if it is due."""
+        # Counting changes counts updates under accumulation and with several
+        # optimizers too, where `global_step` stands still or jumps.
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        self._step += 1
+        # Before validation, whose end is when checkpoints are written by default.
+        self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure what the last batch could not know of: early stops, skipped steps."""
+        self._measure_if_due(trainer, pl_module, ends_epoch=True)
+        if self._measured != self._step and self._active(trainer):
+            self._last_weights = _weight_sums(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the last step if another callback stopped the run after ours."""
+        if self._measured == self._step or self._last_weights is None:
+            return
+        # Weight-averaging callbacks put other weights into the module at this point.
+        now = _weight_sums(pl_module)
+        if torch.allclose(now, self._last_weights, rtol=0, atol=0, equal_nan=True):
+            self._measure(trainer, pl_module, scheduled=False)
+
+    def _measure_if_due(self, trainer: Any, pl_module: Any, ends_epoch: bool) -> None:
+        if self._measured == self._step:
+            return
+        epoch = trainer.current_epoch + 1 if ends_epoch else None
+        if self.schedule.due(self._step, epoch):
+            self._measure(trainer, pl_module)
+        elif _is_last_step(trainer, ends_epoch):
+            self._measure(trainer, pl_module, scheduled=False)
+
+    # What ---------------------------------------------------------------------------
+
+    def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
+        if not scheduled:
+            self._scheduled_state = self.state_dict()
+        self._measured = self._step
+        if not self._active(trainer):
+            return
+        try:
+            _refuse_sharded(trainer)
+            with quietly(pl_module):
+                if not self._started and self._source is not None:
+                    self.instrument.start(self._probe(trainer, self._source))
+                self._started = True
+                measurement = self.instrument.measure(pl_module, self._step)
+        except Exception as error:
+            self._skip(error)
+            return
+        self._failures = 0
+        self._report(trainer, measurement)
+
+    def _report(self, trainer: Any, measurement: Measurement) -> None:
+        self.history.append((measurement.step, measurement.scalars))
+        for name, error in report(measurement, trainer.loggers):
+            if self.on_error == "raise":
+                raise error
+            rank_zero_warn(
+                f"{self._who}: {name} did not take the measurement of step "
+                f"{measurement.step} ({type(error).__name__}: {error}). Other loggers "
+                "got it, and training goes on."
+            )
+
+    def _skip(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        self._failures += 1
+        self._off = isinstance(error, _REFUSALS) or self._failures >= _PATIENCE
+        after = (
+            "The monitor is off for the rest of this run"
+            if self._off
+            else "The next measurement is tried as planned"
+        )
+        rank_zero_warn(
+            f"{self._who}: the measurement of step {self._step} failed "
+            f"({type(error).__name__}: {error}). {after}; training goes on unchanged."
+        )
+
+    def _probe(self, trainer: Any, source: int | str | Probe) -> Probe:
+        if isinstance(source, Probe):
+            return source
+        if isinstance(source, str):
+            return Probe.load(source)
+        return Probe.from_loader(trainer.train_dataloader, source)
+
+    def _active(self, trainer: Any) -> bool:
+        return bool(trainer.is_global_zero) and not self._off
+
+    @property
+    def _who(self) -> str:
+        return type(self).__name__
+
+    # State --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the curves of an unbroken one."""
+        if self._scheduled_state is not None:
+            return {**self._scheduled_state, "step": self._step}
+        return {
+            "step": self._step,
+            "measured": self._measured,
+            "history": [(step, dict(scalars)) for step, scalars in self.history],
+            "instrument": self.instrument.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._reset()
+        self._step = state_dict["step"]
+        self._measured = state_dict["measured"]
+        self.history += [(step, dict(found)) for step, found in state_dict["history"]]
+        self.instrument.load_state_dict(state_dict["instrument"])
+
+
+def _is_last_step(trainer: Any, ends_epoch: bool) -> bool:
+    """Whether the fit ends with the update just made, as far as can be known."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    if not ends_epoch:
+        return False
+    epochs = trainer.current_epoch + 1
+    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+        return True
+    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (
+        trainer.min_steps or 0
+    )
+    return bool(trainer.should_stop and may_stop)
+
+
+@torch.no_grad()
+def _weight_sums(model: nn.Module) -> Tensor:
+    sums = [p.double().sum().cpu() for p in model.parameters() if p.numel()]
+    return torch.stack(sums) if sums else torch.zeros(0)
+
+
+def _refuse_sharded(trainer: Any) -> None:
+    """Before anything touches the weights: reading a shard can wait for others."""
+    strategy = type(trainer.strategy).__name__
+    if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise UnsupportedModelError(
+            f"the weights are sharded by {strategy}; measurements need them whole on "
+            "one process. Train with DDP or on one device to measure."
+        )
+
+
+def _stable_text(value: Any) -> str:
+    """The same text in every process, unlike the repr of a function."""
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+    return str(value)

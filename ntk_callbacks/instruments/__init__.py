@@ -1,0 +1,1 @@
+"""Framework-free measurements: a model and a probe in, a `Measurement` out."""

@@ -1,0 +1,45 @@
+"""What every instrument offers, and the names its numbers are reported under."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ntk_callbacks.probe import Probe
+from ntk_callbacks.record import Measurement
+
+_WRAPPERS = ("_orig_mod.", "_forward_module.")  # torch.compile, Fabric
+
+
+class Instrument(Protocol):
+    """One aspect of a model, measured again and again on the same probe.
+
+    `start` comes first and may come again (a resumed run); the first `measure` takes
+    the references that later ones compare with. A state holds tensors, numbers, texts
+    and containers of these alone, so that `torch.load(weights_only=True)` reads it.
+    """
+
+    def start(self, probe: Probe) -> None:
+        """Take the probe; compare with restored references if there are any."""
+
+    def measure(self, model: nn.Module, step: int) -> Measurement:
+        """Measure the model after `step` optimizer updates."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """References and sums that later measurements need."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+
+
+def tag_name(name: str) -> str:
+    """A parameter or module name as part of a tag that every logger accepts."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "root"
+
+
+def numbers(found: Mapping[str, Tensor | float | None]) -> dict[str, float]:
+    """Scalars as Python floats, which every logger takes; None is left out."""
+    return {tag: float(value) for tag, value in found.items() if value is not None}

@@ -1,0 +1,309 @@
+"""The empirical NTK on a fixed probe: spectrum, drift, alignment."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ntk_callbacks import metrics
+from ntk_callbacks._types import (
+    Grouping,
+    Kernel,
+    Mode,
+    OutputFunction,
+    Outputs,
+    ParameterFilter,
+)
+from ntk_callbacks.dynamics import max_learning_rate
+from ntk_callbacks.engine.kernel import as_matrix, empirical_ntk
+from ntk_callbacks.engine.spectral import kernel_eigenvalues
+from ntk_callbacks.errors import ProbeMismatchError
+from ntk_callbacks.functional import ModelFunction, measuring
+from ntk_callbacks.instruments.instrument import numbers, tag_name
+from ntk_callbacks.probe import Probe
+from ntk_callbacks.record import Measurement
+
+
+@dataclass(frozen=True)
+class NTKOptions:
+    """The less common choices of an NTK measurement.
+
+    Args:
+        mode: `"eval"`, or `"train"` for the joint-batch kernel through BatchNorm.
+        route: `"auto"` or one of the engine's routes.
+        memory_budget: Working memory in bytes or as `"2GiB"`; None for a quarter of
+            what is free.
+        dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
+            traced over the outputs.
+        name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
+    """
+
+    mode: Mode = "eval"
+    route: str = "auto"
+    memory_budget: int | str | None = None
+    dense_limit: int = 2048
+    name: str = "ntk"
+
+
+@dataclass(frozen=True)
+class KernelView:
+    """A kernel and what it is compared with; each property is computed once.
+
+    Args:
+        ntk: Θₜ as `empirical_ntk` returns it.
+        reference: Θ₀.
+        previous: Θ of the previous measurement; None at the first.
+        steps: Updates since the previous measurement.
+        targets: Targets of the probe, or None.
+    """
+
+    ntk: Kernel
+    reference: Kernel
+    previous: Kernel | None
+    steps: int
+    targets: Tensor | None
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """Eigenvalues of the kernel matrix, the largest first, float64."""
+        return kernel_eigenvalues(as_matrix(self.ntk))
+
+    @cached_property
+    def traced(self) -> Tensor:
+        """Traced kernel (n, n), (1/c) Σₖ Θ[:, :, k, k]."""
+        if self.ntk.ndim == 4:
+            return torch.diagonal(self.ntk, dim1=2, dim2=3).mean(-1)
+        return self.ntk.mean(-1) if self.ntk.ndim == 3 else self.ntk
+
+
+KernelMetric: TypeAlias = Callable[[KernelView], Tensor | float | None]
+
+
+def _trace(view: KernelView) -> Tensor:
+    return as_matrix(view.ntk).diagonal().double().sum()
+
+
+def _condition_number(view: KernelView) -> Tensor:
+    precision = torch.finfo(view.ntk.dtype).eps
+    return metrics.condition_number(view.eigenvalues, tolerance=precision)
+
+
+def _kernel_velocity(view: KernelView) -> Tensor | float:
+    if view.previous is None or view.steps == 0:
+        return torch.nan
+    return metrics.kernel_distance(view.ntk, view.previous) / view.steps
+
+
+def _target_alignment(view: KernelView) -> Tensor | None:
+    if view.targets is None:
+        return None
+    return metrics.target_alignment(view.traced, view.targets.to(view.ntk.device))
+
+
+def _off_diagonal_share(view: KernelView) -> Tensor | None:
+    return metrics.off_diagonal_share(view.ntk) if view.ntk.ndim == 4 else None
+
+
+METRICS: dict[str, KernelMetric] = {
+    "trace": _trace,
+    "eigenvalue_max": lambda view: view.eigenvalues[0],
+    "eigenvalue_min": lambda view: view.eigenvalues[-1],
+    "condition_number": _condition_number,
+    "participation_ratio": lambda view: metrics.participation_ratio(view.eigenvalues),
+    "entropy_rank": lambda view: metrics.entropy_rank(view.eigenvalues),
+    "relative_change": lambda view: metrics.relative_change(view.ntk, view.reference),
+    "kernel_distance": lambda view: metrics.kernel_distance(view.ntk, view.reference),
+    "kernel_velocity": _kernel_velocity,
+    "target_alignment": _target_alignment,
+    "off_diagonal_share": _off_diagonal_share,
+    "max_learning_rate": lambda view: max_learning_rate(view.eigenvalues[0]),
+}
+"""Name -> scalar of a kernel; None where the quantity has no meaning."""
+
+
+class KernelInstrument:
+    """Measures the empirical NTK of a model on a probe.
+
+    Args:
+        outputs: As in `empirical_ntk`, or `"auto"`: `"full"` up to
+            `options.dense_limit` rows, else `"trace"`.
+        metrics: None for all of `METRICS`; names of some; or `{name: function of a
+            KernelView}` for names of your own (they replace the standard ones).
+        parameters: As in `empirical_ntk`.
+        by: As in `empirical_ntk`; the trace of each part is reported too.
+        output_fn: As in `empirical_ntk`.
+        options: The less common choices.
+
+    Raises:
+        ValueError: If a metric is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        outputs: Outputs | Literal["auto"] = "auto",
+        metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
+        parameters: ParameterFilter = None,
+        by: Grouping = None,
+        output_fn: OutputFunction | None = None,
+        options: NTKOptions | None = None,
+    ) -> None:
+        self.outputs = outputs
+        self._outputs: Outputs | None = None if outputs == "auto" else outputs
+        self.metrics = _chosen_metrics(metrics)
+        self.parameters = parameters
+        self.by = by
+        self.output_fn = output_fn
+        self.options = options or NTKOptions()
+        self._probe: Probe | None = None
+        self._reference: Kernel | None = None
+        self._previous: Kernel | None = None
+        self._previous_step = 0
+        self._digest = ""
+
+    def start(self, probe: Probe) -> None:
+        """Take the probe the kernels are measured on.
+
+        Args:
+            probe: The same for the whole run.
+
+        Raises:
+            ProbeMismatchError: If restored kernels were measured on another probe.
+        """
+        if self._reference is not None and self._digest != probe.digest:
+            raise ProbeMismatchError(
+                f"NTKMonitor: the reference kernel was measured on other inputs (hash "
+                f"{self._digest[:8]}) than this probe of {probe.n} examples (hash "
+                f"{probe.digest[:8]}). Pass the same probe (Probe.save and Probe.load "
+                "keep one), or start a new run."
+            )
+        self._probe = probe
+        self._digest = probe.digest
+
+    def measure(self, model: nn.Module, step: int) -> Measurement:
+        """Kernel of the model now, compared with the first and the previous one.
+
+        Args:
+            model: Left exactly as it was.
+            step: Completed optimizer updates.
+
+        Returns:
+            The chosen scalars, the spectrum and the heat map.
+
+        Raises:
+            RuntimeError: If `start` was not called.
+            ProbeMismatchError: If the kernel changed its shape since the first.
+        """
+        if self._probe is None:
+            raise RuntimeError("KernelInstrument: call start(probe) first.")
+        parts = self._kernels(model, self._probe)
+        ntk = torch.stack(list(parts.values())).sum(0) if self.by else parts[""]
+        reference = ntk if self._reference is None else self._reference.to(ntk)
+        if reference.shape != ntk.shape:
+            raise ProbeMismatchError(
+                f"NTKMonitor: the kernel has shape {tuple(ntk.shape)}, the reference "
+                f"{tuple(reference.shape)}: the number of outputs changed. Start a new "
+                "run."
+            )
+        previous = None if self._previous is None else self._previous.to(ntk)
+        view = KernelView(
+            ntk, reference, previous, step - self._previous_step, self._probe.targets
+        )
+        measurement = self._measurement(view, parts, step)
+        self._reference, self._previous, self._previous_step = reference, ntk, step
+        return measurement
+
+    def _kernels(self, model: nn.Module, probe: Probe) -> dict[str, Kernel]:
+        if self._outputs is None:
+            self._outputs = self._affordable_outputs(model, probe)
+        kernels = empirical_ntk(
+            model,
+            probe.inputs,
+            outputs=self._outputs,
+            by=self.by,
+            parameters=self.parameters,
+            output_fn=self.output_fn,
+            mode=self.options.mode,
+            route=self.options.route,
+            memory_budget=self.options.memory_budget,
+        )
+        return kernels if isinstance(kernels, dict) else {"": kernels}
+
+    def _affordable_outputs(self, model: nn.Module, probe: Probe) -> Outputs:
+        with measuring(model, self.options.mode), torch.no_grad():
+            function = ModelFunction(
+                model, output_fn=self.output_fn, parameters=self.parameters
+            )
+            c = function({}, function.prepare(probe.inputs)).shape[1]
+        return "full" if probe.n * c <= self.options.dense_limit else "trace"
+
+    def _measurement(
+        self, view: KernelView, parts: dict[str, Kernel], step: int
+    ) -> Measurement:
+        name = self.options.name
+        found = {
+            f"{name}/{metric}": function(view)
+            for metric, function in self.metrics.items()
+        }
+        if self.by is not None:
+            for part, kernel in parts.items():
+                trace = as_matrix(kernel).diagonal().sum()
+                found[f"{name}_modules/trace/{tag_name(part)}"] = trace
+        eigenvalues = view.eigenvalues
+        return Measurement(
+            step,
+            scalars=numbers(found),
+            vectors={f"{name}/eigenvalues_log10": eigenvalues[eigenvalues > 0].log10()},
+            matrices={f"{name}/kernel": _ordered_by_class(view)},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Θ₀, the previous kernel, and what they were measured on."""
+        return {
+            "reference": self._reference,
+            "previous": self._previous,
+            "previous_step": self._previous_step,
+            "digest": self._digest,
+            "outputs": self._outputs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._reference = state["reference"]
+        self._previous = state["previous"]
+        self._previous_step = state["previous_step"]
+        self._digest = state["digest"]
+        if self.outputs == "auto":
+            self._outputs = state["outputs"]
+
+
+def _chosen_metrics(
+    metrics: Sequence[str] | Mapping[str, KernelMetric] | None,
+) -> dict[str, KernelMetric]:
+    if metrics is None:
+        return METRICS
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise ValueError(
+            f"NTKMonitor: unknown metrics {unknown}; expected some of "
+            f"{', '.join(METRICS)}, or a mapping name -> function of a KernelView."
+        )
+    return {name: METRICS[name] for name in metrics}
+
+
+def _ordered_by_class(view: KernelView) -> Tensor:
+    """Traced kernel, its examples sorted by class where classes are known."""
+    targets = view.targets
+    if (
+        targets is None
+        or targets.is_floating_point()
+        or targets.numel() != len(targets)
+    ):
+        return view.traced
+    order = targets.reshape(-1).argsort(stable=True).to(view.traced.device)
+    return view.traced[order][:, order]
