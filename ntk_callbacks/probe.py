@@ -123,8 +123,9 @@ class Probe:
             )
         if getattr(loader, "batch_sampler", loader) is None:
             raise ProbeError(
-                "Probe.from_loader: this loader has batch_size=None, its data set yields "
-                "whole batches. Build the probe yourself: Probe(inputs, targets)."
+                "Probe.from_loader: this loader has batch_size=None, its data set "
+                "yields whole batches. Build the probe yourself: Probe(inputs, "
+                "targets)."
             )
         collate = getattr(loader, "collate_fn", None) or default_collate
         with isolated_rng():

@@ -6,7 +6,7 @@ of J to the same contraction, which adds up one Gram matrix per parameter: one f
 sum over all parameters together would be ten times less accurate.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -18,17 +18,16 @@ from torch.func import jacrev, vmap
 
 from ntk_callbacks._types import Inputs, Kernel, Params, Scaling
 from ntk_callbacks.engine.coupling import is_coupled
-from ntk_callbacks.engine.memory import blocks
+from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
 
-Jacobians: TypeAlias = Iterator[tuple[slice, Params]]
-"""(examples, {name: (m, c, *shape)}), one chunk of examples after the other."""
+Keep: TypeAlias = Callable[[slice, Params], None]
+"""Takes the examples of a chunk and its Jacobian, {name: (m, c, *shape)}."""
 
-Jacobian: TypeAlias = Callable[
-    ["Problem", Inputs, list[str], range, int, bool], Jacobians
-]
+Jacobian: TypeAlias = Callable[["Problem", Inputs, list[str], int, bool, Keep], None]
+"""`(problem, x, names, chunk, joint, keep)`: gives `keep` J by the named parameters."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,11 @@ class Problem:
 
 
 def contracted(problem: Problem, jacobian: Jacobian) -> dict[str, Kernel]:
-    """The parts of the kernel, from blocks of the Jacobian.
+    """The parts of the kernel, from blocks of columns of the Jacobian.
 
     Args:
         problem: What to compute.
-        jacobian: The route that gives blocks of J.
+        jacobian: The route that gives J.
 
     Returns:
         One kernel for each part, exactly symmetric if `x2` is None.
@@ -75,69 +74,56 @@ def contracted(problem: Problem, jacobian: Jacobian) -> dict[str, Kernel]:
     coupled = [problem.joint or is_coupled(function, x) for x in problem.sides]
     n = [batch_size(x) for x in problem.sides]
     c, activations = _graph_size(function, problem.x1)
-    plan = blocks(
+    plan = passes(
         {name: function.params[name].numel() for name in problem.groups},
-        max(n),
+        sum(n) * c,
         c,
         function.dtype.itemsize,
-        both=problem.x2 is not None,
         activations=activations,
         budget=problem.budget,
     )
     shape = {"full": (c, c), "trace": (), "diagonal": (c,)}[problem.outputs]
-    parts = {
-        part: torch.zeros(
-            (n[0], n[-1], *shape), dtype=function.dtype, device=function.device
-        )
-        for part in dict.fromkeys(problem.groups.values())
-    }
-
-    def block(side: int, names: list[str], rows: range) -> Params:
-        chunks = jacobian(
-            problem, problem.sides[side], names, rows, plan.chunk, coupled[side]
-        )
-        return _gathered(problem, chunks, names, len(rows), c)
-
-    for names in plan.parameters:
-        for rows in _ranges(n[0], plan.examples):
-            left = block(0, names, rows)
-            for columns in _ranges(n[-1], plan.examples):
-                if problem.x2 is None and columns.start < rows.start:
-                    continue  # mirrored below
-                same = problem.x2 is None and columns == rows
-                right = left if same else block(-1 % len(n), names, columns)
-                for name in names:
-                    parts[problem.groups[name]][
-                        rows.start : rows.stop, columns.start : columns.stop
-                    ] += gram(left[name], right[name], problem.outputs)
+    size = (n[0], n[-1], *shape)
+    like = next(iter(function.params.values()))
+    parts = {part: like.new_zeros(size) for part in problem.groups.values()}
+    for columns in plan.columns:
+        sides = [
+            _held(problem, jacobian, x, columns, plan.chunk, joint)
+            for x, joint in zip(problem.sides, coupled, strict=True)
+        ]
+        for name in columns:
+            product = gram(sides[0][name], sides[-1][name], problem.outputs)
+            parts[problem.groups[name]] += product
     if problem.x2 is None:
         return {part: symmetric(kernel) for part, kernel in parts.items()}
     return parts
 
 
-def _ranges(n: int, size: int) -> list[range]:
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _gathered(
-    problem: Problem, chunks: Jacobians, names: list[str], m: int, c: int
+def _held(
+    problem: Problem,
+    jacobian: Jacobian,
+    x: Inputs,
+    columns: dict[str, slice],
+    chunk: int,
+    joint: bool,
 ) -> Params:
-    """Chunks of J in one block `(m, c, p)` for each parameter, scaled by √Λ."""
+    """Columns of J for all examples, `(n, c, columns)` for each parameter, times √Λ."""
     params = problem.function.params
-    held = {
-        name: params[name].new_empty((m, c, params[name].numel())) for name in names
-    }
-    for rows, chunk in chunks:
-        for name in names:
-            held[name][rows] = chunk.pop(name).flatten(2).detach()
+    held: Params = {}
+
+    def keep(rows: slice, part: Params) -> None:
+        for name, kept in columns.items():
+            block = part.pop(name).flatten(2)[:, :, kept].detach()
+            if name not in held:
+                held[name] = block.new_empty(batch_size(x), *block.shape[1:])
+            held[name][rows] = block
+
+    jacobian(problem, x, list(columns), chunk, joint, keep)
     if problem.scaling is not None:
-        for name in names:
-            scale = torch.as_tensor(
-                problem.scaling[name],
-                dtype=params[name].dtype,
-                device=params[name].device,
-            )
-            held[name] *= scale.sqrt().expand(params[name].shape).reshape(-1)
+        for name, kept in columns.items():
+            scale = torch.as_tensor(problem.scaling[name]).to(params[name])
+            root = scale.sqrt().expand(params[name].shape).reshape(-1)
+            held[name] *= root[kept]
     return held
 
 
@@ -170,8 +156,8 @@ def symmetric(kernel: Kernel) -> Kernel:
 
 
 def vmapped_jacobian(
-    problem: Problem, x: Inputs, names: list[str], rows: range, chunk: int, joint: bool
-) -> Jacobians:
+    problem: Problem, x: Inputs, names: list[str], chunk: int, joint: bool, keep: Keep
+) -> None:
     """J of many examples at once: `vmap` over examples of `jacrev` over outputs."""
     if joint:
         raise UnsupportedModelError(
@@ -187,21 +173,17 @@ def vmapped_jacobian(
         return function(params, example).squeeze(0)
 
     differentiate = vmap(jacrev(single), in_dims=(None, 0))
-    for start in range(rows.start, rows.stop, chunk):
-        stop = min(start + chunk, rows.stop)
-        part = leaves(examples(x, start, stop))
-        yield (
-            slice(start - rows.start, stop - rows.start),
-            differentiate(selected, part),
-        )
+    n = batch_size(x)
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        part = leaves(examples(x, rows.start, rows.stop))
+        keep(rows, differentiate(selected, part))
 
 
 def row_jacobian(
-    problem: Problem, x: Inputs, names: list[str], rows: range, chunk: int, joint: bool
-) -> Jacobians:
+    problem: Problem, x: Inputs, names: list[str], chunk: int, joint: bool, keep: Keep
+) -> None:
     """J row by row: one backward pass for each output of each example."""
-    # Independent examples are run alone, so that a row costs the backward pass of one
-    # example; coupled ones share one graph of the whole batch.
     function = problem.function
     leaf = {
         name: function.params[name].clone().requires_grad_(name in names)
@@ -209,48 +191,43 @@ def row_jacobian(
     }
     wanted = [leaf[name] for name in names]
 
-    def differentiated(outputs: Float[Tensor, "m c"]) -> Params:
-        jacobian = {
-            name: leaf[name].new_zeros((*outputs.shape, *leaf[name].shape))
-            for name in names
-        }
-        for index in torch.cartesian_prod(*map(torch.arange, outputs.shape)).view(
-            -1, 2
-        ):
-            i, k = index.tolist()
-            for name, row in zip(names, _row(outputs[i, k], wanted), strict=True):
-                if row is not None:
-                    jacobian[name][i, k] = row
-        return jacobian
+    def differentiate(outputs: Float[Tensor, "m c"], start: int) -> None:
+        for i, example in enumerate(outputs, start):
+            rows = [_row(output, wanted) for output in example]
+            stacked = [torch.stack(parts)[None] for parts in zip(*rows, strict=True)]
+            keep(slice(i, i + 1), dict(zip(names, stacked, strict=True)))
 
-    if joint:
-        part = slice(rows.start, rows.stop)
-        yield (
-            slice(0, len(rows)),
-            function.during(leaf, x, lambda outputs: differentiated(outputs[part])),
-        )
-        return
-    for i in rows:
-        yield (
-            slice(i - rows.start, i - rows.start + 1),
-            function.during(leaf, examples(x, i, i + 1), differentiated),
-        )
+    # Independent examples are run alone, so that a row costs the backward pass of one
+    # example; coupled ones share one graph of the whole batch.
+    n = batch_size(x)
+    for start in [0] if joint else range(n):
+        part = x if joint else examples(x, start, start + 1)
+        function.during(leaf, part, partial(differentiate, start=start))
 
 
-def _row(output: Tensor, wanted: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of one number; None for parameters it does not depend on."""
+def _row(output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    """Gradients of one number; zero by parameters it does not depend on."""
     if not output.requires_grad:
-        return [None] * len(wanted)
+        return [torch.zeros_like(tensor) for tensor in wanted]
     try:
         return list(
-            torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                output,
+                wanted,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         )
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
     # Reentrant checkpointing only works through `.backward()`.
     torch.autograd.backward(output, retain_graph=True)
-    gradients = [tensor.grad for tensor in wanted]
+    gradients = [
+        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for tensor in wanted
+    ]
     for tensor in wanted:
         tensor.grad = None
     return gradients

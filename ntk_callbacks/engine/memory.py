@@ -64,78 +64,75 @@ def _free_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Which parameters, and how many examples, are held in memory together.
+class Passes:
+    """How a Jacobian is cut so that it fits into memory.
 
     Args:
-        parameters: Names in groups; the Jacobian of one group is held at a time.
-        examples: Rows of one block of the kernel, in examples.
+        columns: For each pass over the examples, the columns of J that it keeps:
+            parameter name -> slice of the flattened parameter.
         chunk: Examples differentiated in one call.
     """
 
-    parameters: list[list[str]]
-    examples: int
+    columns: list[dict[str, slice]]
     chunk: int
 
 
-def blocks(
+def passes(
     sizes: dict[str, int],
-    n: int,
+    rows: int,
     c: int,
     itemsize: int,
     *,
-    both: bool,
     activations: int,
     budget: int,
-) -> Blocks:
-    """Split a kernel computation so that it needs at most `budget` bytes.
+) -> Passes:
+    """Cut a Jacobian into blocks of columns that need at most `budget` bytes.
 
-    Half of the budget holds Jacobian blocks (n·c rows by the parameters of one group),
-    half the differentiation of one chunk. If not even one parameter of all examples
-    fits, the examples are split too, and blocks of rows are computed pair by pair.
+    Half of the budget holds a block (all rows, some columns), half the differentiation
+    of one chunk of examples. Every pass differentiates again, so the number of passes,
+    the bytes of J over half of the budget, is what a small budget costs in time.
 
     Args:
         sizes: Number of entries of each parameter.
-        n: Examples of the larger side.
+        rows: Rows of J that are held at once, those of both sides together.
         c: Outputs of one example.
         itemsize: Bytes of a number.
-        both: Whether two Jacobian blocks are needed at once (a cross kernel).
         activations: Bytes that the graph of one example holds.
         budget: Bytes.
 
     Returns:
-        The largest blocks that fit.
+        The fewest passes that fit.
 
     Raises:
-        MemoryBudgetError: If the Jacobian of one example for the largest parameter does
-            not fit; says how much is needed.
+        MemoryBudgetError: If one column, or the Jacobian of one example for the largest
+            parameter, does not fit; says how much is needed.
     """
     half = budget // 2
-    row = c * itemsize  # bytes of one example and one parameter entry
     largest = max(sizes.values())
-    sides = 2 if both else 1
-    count = n
-    if sides * n * row * largest > half:
-        sides = 2  # blocks of rows are compared in pairs
-        count = half // (sides * row * largest)
-    per_example = row * largest + activations * (c + 1)
-    if count < 1 or per_example > half:
-        needed = 2 * max(2 * row * largest, per_example)
+
+    def chunk_bytes(entries: int) -> int:
+        return c * itemsize * entries + activations * (c + 1)
+
+    width = half // (rows * itemsize)
+    if width < 1 or chunk_bytes(largest) > half:
+        needed = 2 * max(rows * itemsize, chunk_bytes(largest))
         raise MemoryBudgetError(
             f"the kernel needs at least {needed / 2**20:.3g} MiB of working memory "
-            f"(one example, {c} outputs, the largest parameter with {largest} "
+            f"({rows} rows, {c} outputs, the largest parameter with {largest} "
             f"entries), the budget is {budget / 2**20:.3g} MiB. Raise "
             '`memory_budget`, select fewer parameters, or measure outputs="pseudo".'
         )
-    groups: list[list[str]] = [[]]
-    held = 0
+    columns: list[dict[str, slice]] = [{}]
+    free = width
     for name, size in sizes.items():
-        cost = sides * count * row * size
-        if groups[-1] and held + cost > half:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += cost
-    widest = max(sum(sizes[name] for name in group) for group in groups)
-    chunk = half // (row * widest + activations * (c + 1))
-    return Blocks(groups, count, max(1, min(count, chunk)))
+        start = 0
+        while start < size:
+            if not free:
+                columns.append({})
+                free = width
+            stop = min(size, start + free)
+            columns[-1][name] = slice(start, stop)
+            free -= stop - start
+            start = stop
+    widest = max(sum(sizes[name] for name in part) for part in columns)
+    return Passes(columns, max(1, half // chunk_bytes(widest)))
