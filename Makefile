@@ -24,6 +24,10 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+## The kernel routes beside the usual recipes, in one interleaved run (a minute or two).
+bench: .venv/.run
+	$(BIN)/python tests/bench/kernels.py
+
 clean:
 	rm -rf .venv outputs multirun
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from ntk_callbacks import dynamics, metrics
 from ntk_callbacks.callbacks.schedule import at, every, log_spaced
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
-from ntk_callbacks.engine.kernel import as_matrix, empirical_ntk
+from ntk_callbacks.engine.kernel import empirical_ntk
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
+from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
 
 if TYPE_CHECKING:

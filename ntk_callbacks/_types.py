@@ -31,8 +31,6 @@ Grouping: TypeAlias = Literal["module", "parameter"] | Mapping[str, str] | None
 Outputs: TypeAlias = Literal["full", "trace", "diagonal", "pseudo"]
 Mode: TypeAlias = Literal["eval", "train"]
 
-FullKernel: TypeAlias = Float[Tensor, "n1 n2 c c"]
 Kernel: TypeAlias = (
     Float[Tensor, "n1 n2 c c"] | Float[Tensor, "n1 n2 c"] | Float[Tensor, "n1 n2"]
 )
-KernelMatrix: TypeAlias = Float[Tensor, "m m"]

@@ -126,6 +126,9 @@ class ModelFunction:
     params: Params
     """The parameters to differentiate, detached."""
 
+    fixed: Params
+    """All other parameters, detached."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -141,7 +144,7 @@ class ModelFunction:
             for name, tensor in model.named_parameters()
         }
         self.params = {k: v for k, v in tensors.items() if k in selected}
-        self._fixed = {k: v for k, v in tensors.items() if k not in selected}
+        self.fixed = {k: v for k, v in tensors.items() if k not in selected}
         self._buffers = {
             name: _full_precision(buffer.detach())
             for name, buffer in model.named_buffers()
@@ -161,7 +164,7 @@ class ModelFunction:
         # Recomputation in a backward pass (activation checkpointing) looks the
         # parameters up again, so the backward pass has to happen in here.
         # Buffers are cloned: train-mode BatchNorm updates them even when detached.
-        state = self.params | params | self._fixed
+        state = self.params | self.fixed | params
         state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         state = {f"model.{name}": tensor for name, tensor in state.items()}
         result: _Result = functional_call(self._outputs, state, (x, then))
@@ -197,7 +200,9 @@ class _Outputs(nn.Module):
         self.pseudo = pseudo
 
     def forward(self, x: Inputs, then: Callable[[Tensor], Any]) -> Any:
-        outputs = flat_outputs(self.output_fn(self.model, x), batch_size(x))
+        # A copy of the inputs, because a model may overwrite what it is given.
+        outputs = self.output_fn(self.model, map_tensors(Tensor.clone, x))
+        outputs = flat_outputs(outputs, batch_size(x))
         if self.pseudo:
             outputs = outputs.sum(1, keepdim=True) / outputs.shape[1] ** 0.5
         return then(outputs)

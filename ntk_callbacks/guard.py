@@ -201,9 +201,10 @@ def _refill(container: Any, contents: Any) -> None:
     ):
         return
     container.clear()
-    container.extend(contents) if hasattr(container, "extend") else container.update(
-        contents
-    )
+    if hasattr(container, "extend"):
+        container.extend(contents)
+    else:
+        container.update(contents)
 
 
 def _items(container: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, default_collate
 from ntk_callbacks._types import Inputs
 from ntk_callbacks.errors import ProbeError
 from ntk_callbacks.guard import isolated_rng
-from ntk_callbacks.nested import batch_size, examples, leaves, map_tensors
+from ntk_callbacks.nested import batch_size, leaves, map_tensors
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "features", "data")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
@@ -255,12 +255,6 @@ class Probe:
                 f"{probe.digest[:8]}, the file says {digest[:8]}."
             )
         return probe
-
-    def __getitem__(self, part: slice) -> "Probe":
-        """Some of the examples, in order, as a probe."""
-        start, stop, _ = part.indices(self.n)
-        targets = None if self.targets is None else self.targets[start:stop]
-        return Probe(examples(self.inputs, start, stop), targets)
 
 
 def _seed_everything(seed: int) -> None:

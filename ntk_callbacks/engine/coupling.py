@@ -1,6 +1,10 @@
 """Does the output of an example depend on its neighbors in the batch, or on chance?"""
 
+import warnings
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ntk_callbacks._types import Inputs
 from ntk_callbacks.errors import UnsupportedModelError
@@ -8,7 +12,6 @@ from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, examples
 
 
-@torch.no_grad()
 def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
     """Raise if two forward passes on the same inputs disagree.
 
@@ -19,8 +22,7 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
     Raises:
         UnsupportedModelError: If the outputs differ by more than round-off.
     """
-    first = function(function.params, x)
-    second = function(function.params, x)
+    first, second = forward(function, x), forward(function, x)
     if not _close(first, second):
         gap = (first - second).abs().max().item()
         raise UnsupportedModelError(
@@ -31,7 +33,6 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
         )
 
 
-@torch.no_grad()
 def is_coupled(function: ModelFunction, x: Inputs) -> bool:
     """Whether the output of an example changes when it is run without its neighbors.
 
@@ -49,10 +50,10 @@ def is_coupled(function: ModelFunction, x: Inputs) -> bool:
     n = batch_size(x)
     if n == 1:
         return False
-    joint = function(function.params, x)
+    joint = forward(function, x)
     for i in (0, n - 1):
         try:
-            alone = function(function.params, examples(x, i, i + 1))
+            alone = forward(function, examples(x, i, i + 1))
         except Exception:  # whatever a model raises on a batch of one
             return True
         if not _close(alone, joint[i : i + 1]):
@@ -60,7 +61,21 @@ def is_coupled(function: ModelFunction, x: Inputs) -> bool:
     return False
 
 
-def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
+def forward(function: ModelFunction, x: Inputs) -> Float[Tensor, "n c"]:
+    """Outputs without a graph, also where `output_fn` takes derivatives itself."""
+    with warnings.catch_warnings():
+        # Reentrant checkpointing warns where gradients are off.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        try:
+            with torch.no_grad():
+                return function(function.params, x)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        return function(function.params, x).detach()
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
     """Equal up to the round-off that another batch size or thread order causes."""
     if first.shape != second.shape:
         return False

@@ -6,6 +6,7 @@ of J to the same contraction, which adds up one Gram matrix per parameter: one f
 sum over all parameters together would be ten times less accurate.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.layout import symmetric
 from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
 
 Keep: TypeAlias = Callable[[slice, Params], None]
@@ -113,7 +115,8 @@ def _held(
 
     def keep(rows: slice, part: Params) -> None:
         for name, kept in columns.items():
-            block = part.pop(name).flatten(2)[:, :, kept].detach()
+            part_of = part.pop(name).detach()
+            block = part_of.reshape(*part_of.shape[:2], -1)[:, :, kept]
             if name not in held:
                 held[name] = block.new_empty(batch_size(x), *block.shape[1:])
             held[name][rows] = block
@@ -142,19 +145,6 @@ def gram(
     return (j1.transpose(0, 1) @ j2.permute(1, 2, 0)).permute(1, 2, 0)
 
 
-def symmetric(kernel: Kernel) -> Kernel:
-    """The upper triangle and its mirror image: symmetric to the last bit."""
-    n = kernel.shape[0]
-    if kernel.ndim == 4:
-        c = kernel.shape[-1]
-        matrix = kernel.transpose(1, 2).reshape(n * c, n * c)
-        matrix = matrix.triu() + matrix.triu(1).mT
-        return matrix.view(n, c, n, c).transpose(1, 2)
-    batched = kernel if kernel.ndim == 2 else kernel.permute(2, 0, 1)
-    batched = batched.triu() + batched.triu(1).mT
-    return batched if kernel.ndim == 2 else batched.permute(1, 2, 0)
-
-
 def vmapped_jacobian(
     problem: Problem, x: Inputs, names: list[str], chunk: int, joint: bool, keep: Keep
 ) -> None:
@@ -177,7 +167,11 @@ def vmapped_jacobian(
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         part = leaves(examples(x, rows.start, rows.stop))
-        keep(rows, differentiate(selected, part))
+        with warnings.catch_warnings():
+            # An operator without a batching rule is slower; nobody can change that.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            chunk_jacobian = differentiate(selected, part)
+        keep(rows, chunk_jacobian)
 
 
 def row_jacobian(
@@ -185,15 +179,17 @@ def row_jacobian(
 ) -> None:
     """J row by row: one backward pass for each output of each example."""
     function = problem.function
+    # All parameters, because a reentrant checkpoint differentiates nothing unless one of
+    # its inputs needs a gradient.
     leaf = {
-        name: function.params[name].clone().requires_grad_(name in names)
-        for name in function.params
+        name: tensor.detach().requires_grad_(tensor.is_floating_point())
+        for name, tensor in (function.params | function.fixed).items()
     }
     wanted = [leaf[name] for name in names]
 
     def differentiate(outputs: Float[Tensor, "m c"], start: int) -> None:
         for i, example in enumerate(outputs, start):
-            rows = [_row(output, wanted) for output in example]
+            rows = [_row(output, leaf, wanted) for output in example]
             stacked = [torch.stack(parts)[None] for parts in zip(*rows, strict=True)]
             keep(slice(i, i + 1), dict(zip(names, stacked, strict=True)))
 
@@ -205,30 +201,29 @@ def row_jacobian(
         function.during(leaf, part, partial(differentiate, start=start))
 
 
-def _row(output: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+def _row(output: Tensor, leaf: Params, wanted: list[Tensor]) -> list[Tensor]:
     """Gradients of one number; zero by parameters it does not depend on."""
     if not output.requires_grad:
         return [torch.zeros_like(tensor) for tensor in wanted]
     try:
-        return list(
-            torch.autograd.grad(
-                output,
-                wanted,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        row = torch.autograd.grad(
+            output,
+            wanted,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
+        return [gradient.to_dense() for gradient in row]  # sparse of some embeddings
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
     # Reentrant checkpointing only works through `.backward()`.
     torch.autograd.backward(output, retain_graph=True)
     gradients = [
-        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.to_dense()
         for tensor in wanted
     ]
-    for tensor in wanted:
+    for tensor in leaf.values():
         tensor.grad = None
     return gradients
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction
-from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
+from ntk_callbacks.engine.coupling import forward, is_coupled, refuse_randomness
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.engine.spectral import singular_values
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
@@ -110,8 +110,7 @@ def _jacobian_blocks(
     x = function.prepare(x)
     refuse_randomness(function, x)
     n, sources = batch_size(x), _floating(x)
-    with torch.no_grad():
-        c = function({}, x).shape[1]
+    c = forward(function, x).shape[1]
     one = c * sum(t[0].numel() for t in sources) * function.dtype.itemsize
     budget = memory_bytes(memory_budget, function.device)
     held = n if copies is None else copies

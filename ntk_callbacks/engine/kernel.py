@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from ntk_callbacks._types import (
     Grouping,
@@ -134,28 +133,6 @@ def _automatic(problem: Problem) -> dict[str, Kernel]:
             reason = (str(error).strip().splitlines() or [""])[0]
             _log.info("route %r cannot go here (%s); using %r", name, reason, last)
     return ROUTES[last](problem)
-
-
-def as_matrix(ntk: Kernel) -> Float[Tensor, "rows columns"]:
-    """A kernel as the matrix J₁ J₂ᵀ, rows and columns example-major.
-
-    Args:
-        ntk: `(n1, n2, c, c)`; `(n1, n2, c)`, read as block-diagonal in the outputs; or
-            `(n1, n2)`, returned as it is.
-
-    Returns:
-        Matrix (n1·c)×(n2·c); entry (i·c + k, j·c + l) is Θ[i, j, k, l].
-
-    Example:
-        >>> as_matrix(torch.eye(2).expand(3, 3, 2, 2)).shape
-        torch.Size([6, 6])
-    """
-    if ntk.ndim == 2:
-        return ntk
-    if ntk.ndim == 3:
-        ntk = torch.diag_embed(ntk)
-    n1, n2, c, _ = ntk.shape
-    return ntk.transpose(1, 2).reshape(n1 * c, n2 * c)
 
 
 def parameter_groups(names: list[str], by: Grouping) -> dict[str, str]:

@@ -17,12 +17,13 @@ from ntk_callbacks._types import (
     Outputs,
     ParameterFilter,
 )
-from ntk_callbacks.dynamics import max_learning_rate
-from ntk_callbacks.engine.kernel import as_matrix, empirical_ntk
+from ntk_callbacks.dynamics.stability import learning_rate_limit
+from ntk_callbacks.engine.kernel import empirical_ntk
 from ntk_callbacks.engine.spectral import kernel_eigenvalues
 from ntk_callbacks.errors import ProbeMismatchError
 from ntk_callbacks.functional import ModelFunction, measuring
 from ntk_callbacks.instruments.instrument import numbers, tag_name
+from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
@@ -86,9 +87,33 @@ def _trace(view: KernelView) -> Tensor:
     return as_matrix(view.ntk).diagonal().double().sum()
 
 
+def _eigenvalue_max(view: KernelView) -> Tensor:
+    return view.eigenvalues[0]
+
+
+def _eigenvalue_min(view: KernelView) -> Tensor:
+    return view.eigenvalues[-1]
+
+
 def _condition_number(view: KernelView) -> Tensor:
     precision = torch.finfo(view.ntk.dtype).eps
     return metrics.condition_number(view.eigenvalues, tolerance=precision)
+
+
+def _participation_ratio(view: KernelView) -> Tensor:
+    return metrics.participation_ratio(view.eigenvalues)
+
+
+def _entropy_rank(view: KernelView) -> Tensor:
+    return metrics.entropy_rank(view.eigenvalues)
+
+
+def _relative_change(view: KernelView) -> Tensor:
+    return metrics.relative_change(view.ntk, view.reference)
+
+
+def _kernel_distance(view: KernelView) -> Tensor:
+    return metrics.kernel_distance(view.ntk, view.reference)
 
 
 def _kernel_velocity(view: KernelView) -> Tensor | float:
@@ -107,19 +132,24 @@ def _off_diagonal_share(view: KernelView) -> Tensor | None:
     return metrics.off_diagonal_share(view.ntk) if view.ntk.ndim == 4 else None
 
 
+def _max_learning_rate(view: KernelView) -> Tensor:
+    return learning_rate_limit(view.eigenvalues[0])
+
+
+# Named functions, not lambdas: monitors are pickled to spawned processes.
 METRICS: dict[str, KernelMetric] = {
     "trace": _trace,
-    "eigenvalue_max": lambda view: view.eigenvalues[0],
-    "eigenvalue_min": lambda view: view.eigenvalues[-1],
+    "eigenvalue_max": _eigenvalue_max,
+    "eigenvalue_min": _eigenvalue_min,
     "condition_number": _condition_number,
-    "participation_ratio": lambda view: metrics.participation_ratio(view.eigenvalues),
-    "entropy_rank": lambda view: metrics.entropy_rank(view.eigenvalues),
-    "relative_change": lambda view: metrics.relative_change(view.ntk, view.reference),
-    "kernel_distance": lambda view: metrics.kernel_distance(view.ntk, view.reference),
+    "participation_ratio": _participation_ratio,
+    "entropy_rank": _entropy_rank,
+    "relative_change": _relative_change,
+    "kernel_distance": _kernel_distance,
     "kernel_velocity": _kernel_velocity,
     "target_alignment": _target_alignment,
     "off_diagonal_share": _off_diagonal_share,
-    "max_learning_rate": lambda view: max_learning_rate(view.eigenvalues[0]),
+    "max_learning_rate": _max_learning_rate,
 }
 """Name -> scalar of a kernel; None where the quantity has no meaning."""
 
