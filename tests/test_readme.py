@@ -1,0 +1,76 @@
+"""What the README says is run: its code blocks, its commands, its table of tags."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from ntk_callbacks import Probe
+from ntk_callbacks.instruments.jacobian import JacobianInstrument
+from ntk_callbacks.instruments.kernel import KernelInstrument
+from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for line in README.splitlines()
+    if line.startswith("ntk-train ") and "--help" not in line
+]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.splitlines()[-1])
+def test_code_blocks_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_there_are_code_blocks_and_commands():
+    assert len(PYTHON) >= 3
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_compose(command):
+    overrides = [word.split(",")[0] for word in command if word != "-m"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", overrides=overrides)
+    assert "model" in config
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_table_names_every_scalar():
+    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    named = set()
+    for row in rows:
+        tags = re.findall(r"`([^`]+)`", row.split("|")[1])
+        named |= {_whole(tag, tags[0]) for tag in tags}
+
+    net = nn.Linear(4, 2)
+    probe = Probe(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    logged = set()
+    for instrument in (
+        KernelInstrument(),
+        ParameterDriftInstrument(per_tensor=False),
+        JacobianInstrument(),
+    ):
+        instrument.start(probe)
+        logged |= instrument.measure(net, 0).scalars.keys()
+    assert named == logged
+
+
+def _whole(tag, first):
+    """`…_min` beside `ntk/eigenvalue_max` stands for `ntk/eigenvalue_min`."""
+    return first.rsplit("_", 1)[0] + tag[1:] if tag.startswith("…") else tag
