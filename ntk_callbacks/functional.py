@@ -1,8 +1,7 @@
-"""From a module to a pure function of its parameters, and how it is measured."""
+"""From a module to a pure function of its parameters."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,64 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from ntk_callbacks._types import Inputs, Mode, OutputFunction, ParameterFilter, Params
+from ntk_callbacks._types import Inputs, OutputFunction, ParameterFilter, Params
 from ntk_callbacks.errors import UnsupportedModelError
-from ntk_callbacks.guard import quietly
 from ntk_callbacks.nested import batch_size, map_tensors
 
 _Result = TypeVar("_Result")
-
-# In "train" mode these stay in evaluation mode: the kernel is that of the mean network.
-_STOCHASTIC = (
-    nn.modules.dropout._DropoutNd,
-    nn.RNNBase,
-    nn.MultiheadAttention,
-    nn.RReLU,
-)
-
-
-@contextmanager
-def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """The state a model is measured in; `quietly` puts everything back afterwards.
-
-    `"eval"` is `model.eval()`. `"train"` keeps the flags of a model that is training
-    (frozen layers stay frozen), trains all of one that is not, and holds dropout still.
-    Compiled modules run their eager code, so that no recompilation counts against them.
-
-    Args:
-        model: The module that is about to be measured.
-        mode: `"eval"` or `"train"`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UnsupportedModelError: If SyncBatchNorm would wait for other processes.
-    """
-    with quietly(model), torch.compiler.set_stance("force_eager"):
-        if mode == "eval":
-            model.eval()
-        else:
-            if not model.training:
-                model.train()
-            for module in model.modules():
-                if isinstance(module, _STOCHASTIC):
-                    module.eval()
-            _refuse_collectives(model)
-        yield
-
-
-def _refuse_collectives(model: nn.Module) -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) and distributed.get_world_size() > 1:
-            raise UnsupportedModelError(
-                f'mode="train": {name!r} is a SyncBatchNorm, whose statistics need '
-                "every process, but measurements run on one. Measure with "
-                'mode="eval".'
-            )
 
 
 def select_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str]:
@@ -129,6 +75,12 @@ class ModelFunction:
     fixed: Params
     """All other parameters, detached."""
 
+    trained: set[str]
+    """Names of the parameters with `requires_grad`, measured or not."""
+
+    originals: dict[int, str]
+    """`id` of each parameter of the model -> its name."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -138,10 +90,12 @@ class ModelFunction:
         pseudo: bool = False,
     ) -> None:
         _refuse_unmeasurable(model)
+        named = dict(model.named_parameters())
+        self.trained = {name for name, tensor in named.items() if tensor.requires_grad}
+        self.originals = {id(tensor): name for name, tensor in named.items()}
         selected = set(select_parameters(model, parameters))
         tensors = {
-            name: _full_precision(tensor.detach())
-            for name, tensor in model.named_parameters()
+            name: _full_precision(tensor.detach()) for name, tensor in named.items()
         }
         self.params = {k: v for k, v in tensors.items() if k in selected}
         self.fixed = {k: v for k, v in tensors.items() if k not in selected}

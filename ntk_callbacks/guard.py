@@ -3,13 +3,24 @@
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ntk_callbacks._types import Mode
+from ntk_callbacks.errors import UnsupportedModelError
+
+# In "train" mode these stay in evaluation mode: the kernel is that of the mean network.
+_STOCHASTIC = (
+    nn.modules.dropout._DropoutNd,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.RReLU,
+)
 
 
 @contextmanager
@@ -24,7 +35,8 @@ def quietly(module: nn.Module) -> Iterator[None]:
     autocast and inference mode are off, and float32 products are taken in float32: TF32
     and other shortened formats are off.
 
-    Not restored: what user code keeps outside the module (files, global lists).
+    Not restored: what user code keeps outside the module (files, global lists), and
+    what lies in containers inside the lists and dicts of its attributes.
     Costs one copy of the parameters and buffers while it is open.
 
     Args:
@@ -57,8 +69,57 @@ def quietly(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def isolated_rng(devices: set[torch.device] | None = None) -> Iterator[None]:
-    """Restore the generators of Python, NumPy, torch and the given devices on exit."""
+def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """The state a model is measured in; `quietly` puts everything back afterwards.
+
+    `"eval"` is `model.eval()`. `"train"` keeps the flags of a model that is training
+    (frozen layers stay frozen), trains all of one that is not, and holds dropout still.
+    Compiled modules run their eager code, so that no recompilation counts against them.
+
+    Args:
+        model: The module that is about to be measured.
+        mode: `"eval"` or `"train"`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: If SyncBatchNorm would wait for other processes.
+    """
+    with quietly(model), torch.compiler.set_stance("force_eager"):
+        if mode == "eval":
+            model.eval()
+        else:
+            if not model.training:
+                model.train()
+            for module in model.modules():
+                if isinstance(module, _STOCHASTIC):
+                    module.eval()
+            _refuse_collectives(model)
+        yield
+
+
+def _refuse_collectives(model: nn.Module) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and distributed.get_world_size() > 1:
+            raise UnsupportedModelError(
+                f'mode="train": {name!r} is a SyncBatchNorm, whose statistics need '
+                "every process, but measurements run on one. Measure with "
+                'mode="eval".'
+            )
+
+
+@contextmanager
+def isolated_rng(
+    devices: set[torch.device] | None = None, seed: int | None = None
+) -> Iterator[None]:
+    """Restore the generators of Python, NumPy, torch and the given devices on exit.
+
+    With a seed, those of Python, NumPy and torch on the CPU start from it.
+    """
     python = random.getstate()
     numpy = sys.modules.get("numpy.random")
     numpy_state = numpy.get_state() if numpy is not None else None
@@ -72,6 +133,11 @@ def isolated_rng(devices: set[torch.device] | None = None) -> Iterator[None]:
     mps = any(device.type == "mps" for device in devices or ())
     mps_state = torch.mps.get_rng_state() if mps else None
     try:
+        if seed is not None:
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if numpy is not None:
+                numpy.seed(seed)
         yield
     finally:
         random.setstate(python)
@@ -104,30 +170,38 @@ def _flags_kept() -> Iterator[None]:
 @contextmanager
 def _ieee_float32() -> Iterator[None]:
     backends: Any = torch.backends  # the stubs do not know every operator
-    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        precision = torch.get_float32_matmul_precision()
-        allowed = backends.cudnn.allow_tf32
-        try:
-            torch.set_float32_matmul_precision("highest")
-            backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            backends.cudnn.allow_tf32 = allowed
-        return
-    mkldnn = backends.mkldnn
-    operators = [
-        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-        *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
-    ]
+    operators = []
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        mkldnn = backends.mkldnn
+        operators = [
+            *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+            *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
+        ]
+    # Both the older switches and the newer ones, because reading one of them raises
+    # when they contradict each other.
+    products = _read(torch.get_float32_matmul_precision)
+    convolutions = _read(lambda: backends.cudnn.allow_tf32)
     saved = [operator.fp32_precision for operator in operators]
     try:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
         for operator in operators:
             operator.fp32_precision = "ieee"
         yield
     finally:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
         for operator, precision in zip(operators, saved, strict=True):
             operator.fp32_precision = precision
+
+
+def _read(switch: Callable[[], Any]) -> Any:
+    try:
+        return switch()
+    except RuntimeError:  # contradicts the newer switches; those decide
+        return None
 
 
 class _Snapshot:
@@ -137,34 +211,36 @@ class _Snapshot:
         modules = list(module.modules())
         self._training = [(part, part.training) for part in modules]
         self._attributes = [(part, dict(vars(part))) for part in modules]
+        plain = [v for _, attributes in self._attributes for v in attributes.values()]
         self._containers = [
             (value, value.copy())
-            for _, attributes in self._attributes
-            for value in attributes.values()
+            for value in plain
             if isinstance(value, dict | list | set | deque)
         ]
+        tensors = [
+            *(*module.parameters(), *module.buffers()),
+            *(value for value in plain if isinstance(value, Tensor)),
+        ]
+        tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self._gradients = [
-            (parameter, parameter.requires_grad, parameter.grad)
-            for parameter in module.parameters()
+            (tensor, tensor.requires_grad, tensor.grad)
+            for tensor in tensors
+            if tensor.is_leaf
         ]
-        plain = [
-            value
-            for _, attributes in self._attributes
-            for value in attributes.values()
-            if isinstance(value, Tensor)
-        ]
-        kept = {
-            id(tensor): tensor
-            for tensor in [*module.parameters(), *module.buffers(), *plain]
+        kept = [
+            tensor
+            for tensor in tensors
             # Comparing a sharded tensor would wait for other processes; measurements
-            # refuse them.
-            if not is_lazy(tensor) and "DTensor" not in type(tensor).__name__
-        }
-        self._tensors = [
-            (tensor, tensor.data, tensor.detach().clone()) for tensor in kept.values()
+            # refuse them. Sparse ones cannot be compared.
+            if not is_lazy(tensor)
+            and "DTensor" not in type(tensor).__name__
+            and tensor.layout == torch.strided
         ]
-        for parameter, _, _ in self._gradients:
-            parameter.grad = None
+        self._tensors = [
+            (tensor, tensor.data, tensor.detach().clone()) for tensor in kept
+        ]
+        for tensor, _, _ in self._gradients:
+            tensor.grad = None
 
     def restore(self) -> None:
         for part, attributes in self._attributes:
@@ -180,18 +256,22 @@ class _Snapshot:
             if part.training != training:
                 part.training = training
         for tensor, storage, saved in self._tensors:
-            if tensor.data_ptr() != storage.data_ptr():
+            if _layout(tensor) != _layout(storage):
                 tensor.data = storage
             # Through `.data`, so that a graph the user still holds stays valid.
             if not saved.is_meta and not torch.equal(storage, saved):
                 storage.copy_(saved)
-        for parameter, requires_grad, grad in self._gradients:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        for tensor, requires_grad, grad in self._gradients:
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
 
 _ABSENT = object()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _refill(container: Any, contents: Any) -> None:

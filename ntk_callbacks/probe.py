@@ -2,14 +2,14 @@
 
 import copy
 import hashlib
-import pickle
 import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ntk_callbacks.guard import isolated_rng
 from ntk_callbacks.nested import batch_size, leaves, map_tensors
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "features", "data")
+_MOST_TRANSFORMS = 1000  # longer containers hold the data
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
@@ -42,7 +43,7 @@ class Probe:
     Example:
         >>> probe = Probe(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
         >>> probe.n, probe.digest[:8]
-        (3, '972fcb63')
+        (3, 'c8dfc30e')
     """
 
     inputs: Inputs
@@ -55,10 +56,10 @@ class Probe:
             raise ProbeError(f"Probe: {error}") from error
         if n == 0:
             raise ProbeError("Probe: there is no example; at least one is needed.")
-        if self.targets is not None and len(self.targets) != n:
+        if self.targets is not None and self.targets.shape[:1] != (n,):
+            count = len(self.targets) if self.targets.ndim else "no axis of"
             raise ProbeError(
-                f"Probe: {n} inputs but {len(self.targets)} targets; give one target "
-                "to each input."
+                f"Probe: {n} inputs but {count} targets; give one target to each input."
             )
         for tensor in leaves(self.inputs):
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -74,12 +75,12 @@ class Probe:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the inputs and targets: values, shapes, dtypes and their order."""
-        digest = hashlib.sha256()
-        targets = () if self.targets is None else (self.targets,)
-        for tensor in [*leaves(self.inputs), *targets]:
+        """SHA-256 of the inputs and targets: values, shapes, dtypes, order and keys."""
+        whole = (self.inputs, self.targets)
+        layout = map_tensors(lambda tensor: (str(tensor.dtype), *tensor.shape), whole)
+        digest = hashlib.sha256(repr(layout).encode())
+        for tensor in leaves(whole):
             value = tensor.detach().cpu().contiguous()
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -96,7 +97,7 @@ class Probe:
             loader: A `DataLoader`, or anything with a `dataset` (and `collate_fn`).
             n: Number of examples.
             balanced: Take equally many of each class (up to one more for some), the
-                classes one after the other. Reads targets until every class is full.
+                classes one after the other. Reads every example once.
             seed: Which examples; None takes the first n in the order of the data set.
                 A data set without `len` always gives its first n.
 
@@ -123,13 +124,12 @@ class Probe:
             )
         if getattr(loader, "batch_sampler", loader) is None:
             raise ProbeError(
-                "Probe.from_loader: this loader has batch_size=None, its data set "
-                "yields whole batches. Build the probe yourself: Probe(inputs, "
-                "targets)."
+                "Probe.from_loader: with batch_size=None the data set yields whole "
+                "batches. Build the probe yourself: Probe(inputs, targets)."
             )
         collate = getattr(loader, "collate_fn", None) or default_collate
-        with isolated_rng():
-            _seed_everything(seed or 0)  # random transforms give the same probe again
+        # With a seed, so that random transforms give the same probe again.
+        with isolated_rng(seed=seed or 0), _own_generators_kept(loader.dataset):
             samples = _samples(loader.dataset, seed, limited=None if balanced else n)
             if balanced:
                 return cls._balanced(samples, n, collate)
@@ -155,23 +155,19 @@ class Probe:
             kept = by_class.setdefault(int(target), [])
             if len(kept) < n:
                 kept.append(sample)
-        classes = sorted(by_class)
-        share, rest = divmod(n, max(len(classes), 1))
-        wanted = [share + (index < rest) for index in range(len(classes))]
-        for label, count in zip(classes, wanted, strict=True):
-            if len(by_class[label]) < count:
-                raise ProbeError(
-                    f"Probe.from_loader: {n} balanced examples of {len(classes)} "
-                    f"classes need {count} of class {label}; the data hold "
-                    f"{len(by_class[label])}. Ask for fewer."
-                )
-        drawn = [
-            sample
-            for label, count in zip(classes, wanted, strict=True)
-            for sample in by_class[label][:count]
-        ]
-        if not drawn:
+        if not by_class:
             raise ProbeError("Probe.from_loader: the data set is empty.")
+        share, rest = divmod(n, len(by_class))
+        drawn: list[Any] = []
+        for index, (label, kept) in enumerate(sorted(by_class.items())):
+            count = share + (index < rest)
+            if len(kept) < count:
+                raise ProbeError(
+                    f"Probe.from_loader: {n} balanced examples of {len(by_class)} "
+                    f"classes need {count} of class {label}; the data hold "
+                    f"{len(kept)}. Ask for fewer."
+                )
+            drawn += kept[:count]
         return cls._from_batch(collate(drawn))
 
     @classmethod
@@ -244,36 +240,61 @@ class Probe:
             contents = torch.load(path, map_location="cpu", weights_only=True)
             probe = cls(contents["inputs"], contents["targets"])
             digest = contents["digest"]
-        except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError) as error:
+        except Exception as error:  # whatever other contents raise
             raise ProbeError(
-                f"Probe.load: {str(path)!r} is not a probe written by Probe.save "
-                f"({type(error).__name__}: {error})."
+                f"Probe.load: {str(path)!r} is not a probe that was saved ({error!r})."
             ) from error
         if probe.digest != digest:
             raise ProbeError(
                 f"Probe.load: {str(path)!r} was altered: its examples hash to "
-                f"{probe.digest[:8]}, the file says {digest[:8]}."
+                f"{probe.digest[:8]}, the file says {str(digest)[:8]}."
             )
         return probe
 
 
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed(seed)
-    torch.default_generator.manual_seed(seed)
+@contextmanager
+def _own_generators_kept(dataset: Any) -> Iterator[None]:
+    """Restore the generators that a data set or its transforms keep for themselves."""
+    restore: list[Callable[[], Any]] = []
+    waiting, seen = [dataset], set[int]()
+    while waiting:
+        if id(value := waiting.pop()) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, random.Random):
+            restore.append(partial(value.setstate, value.getstate()))
+        elif (
+            isinstance(value, torch.Generator) or type(value).__name__ == "RandomState"
+        ):
+            restore.append(partial(value.set_state, value.get_state()))
+        elif hasattr(value, "bit_generator"):  # of NumPy
+            state = value.bit_generator.state
+            restore.append(partial(setattr, value.bit_generator, "state", state))
+        elif isinstance(value, dict | list | tuple):
+            if len(value) <= _MOST_TRANSFORMS:
+                waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif not isinstance(value, ModuleType | Tensor | type):
+            waiting.extend(getattr(value, "__dict__", {}).values())
+    try:
+        yield
+    finally:
+        for undo in restore:
+            undo()
 
 
 def _samples(dataset: Any, seed: int | None, limited: int | None) -> Iterator[Any]:
     """Examples of a data set one by one, without moving any state of it."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        # A copy, because iterating may consume the stream the training loop reads.
-        yield from copy.deepcopy(dataset)
+        try:
+            stream = copy.deepcopy(dataset)
+        except Exception as error:  # whatever the parts of a stream raise
+            raise ProbeError(
+                f"Probe.from_loader: the stream cannot be copied ({error}); reading it "
+                "would consume it. Build the probe yourself: Probe(inputs, targets)."
+            ) from error
+        yield from stream
         return
-    size = len(dataset)
-    order = list(range(size))
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(size, generator=generator).tolist()
-    for index in islice(order, limited):
+    generator = torch.Generator().manual_seed(seed or 0)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    for index in islice(order if seed is not None else range(len(order)), limited):
         yield dataset[index]

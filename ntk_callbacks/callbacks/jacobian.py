@@ -1,7 +1,13 @@
 """JacobianMonitor: singular values of the input-output Jacobian while training."""
 
 from ntk_callbacks._types import Mode, OutputFunction
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError, ProbeSource
+from ntk_callbacks.callbacks.monitor import (
+    Every,
+    Monitor,
+    OnError,
+    ProbeSource,
+    checked_probe,
+)
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 
 
@@ -46,7 +52,7 @@ class JacobianMonitor(Monitor):
             JacobianInstrument(
                 output_fn=output_fn, mode=mode, memory_budget=memory_budget
             ),
-            probe=probe,
+            probe=checked_probe(probe),
             every=every,
             on_error=on_error,
             settings=(mode,),

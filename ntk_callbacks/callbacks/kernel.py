@@ -4,8 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError, ProbeSource
-from ntk_callbacks.instruments.kernel import KernelInstrument, KernelMetric, NTKOptions
+from ntk_callbacks.callbacks.monitor import (
+    Every,
+    Monitor,
+    OnError,
+    ProbeSource,
+    checked_probe,
+)
+from ntk_callbacks.instruments.kernel import KernelInstrument, NTKOptions
+from ntk_callbacks.instruments.kernel_view import KernelMetric
 
 
 class NTKMonitor(Monitor):
@@ -17,8 +24,9 @@ class NTKMonitor(Monitor):
     measurement, `ntk/kernel_velocity` (kernel distance per step since the previous
     one), `ntk/target_alignment` (if the probe has targets), `ntk/off_diagonal_share`
     (if all outputs are kept) and `ntk/max_learning_rate` (for ½ Σ (f − y)² over the
-    probe). Where a logger draws: a histogram of log10 λ and the kernel as an image, the
-    examples ordered by class. `metrics` documents each formula.
+    probe). Where a logger draws: a histogram of log10 λ and the traced kernel as an
+    image, the examples ordered by class, colored from its smallest to its largest
+    entry at each step. `metrics` documents each formula.
 
     Args:
         probe: A number of training examples to draw (fixed by a seed, without touching
@@ -71,7 +79,7 @@ class NTKMonitor(Monitor):
         )
         super().__init__(
             instrument,
-            probe=probe,
+            probe=checked_probe(probe),
             every=every,
             on_error=on_error,
             settings=(instrument.options.name, outputs, parameters, by),

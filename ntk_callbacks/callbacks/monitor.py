@@ -5,10 +5,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch
 import pytorch_lightning
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
+from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
 from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
 from ntk_callbacks.errors import (
     MemoryBudgetError,
@@ -40,9 +40,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
 
     Args:
         instrument: What to measure.
-        probe: Examples to measure on: a `Probe`; a tensor of inputs; the path of a
-            saved probe; a number of examples to draw from the training data; or None
-            for an instrument that needs none.
+        probe: What `checked_probe` returns; None for an instrument that needs none.
         every: See `as_schedule`.
         on_error: `"warn"` skips a measurement that fails, and turns the monitor off
             if it refuses the model or fails three times in a row; `"raise"` raises.
@@ -56,7 +54,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self,
         instrument: Instrument,
         *,
-        probe: ProbeSource | None,
+        probe: int | str | Probe | None,
         every: Every,
         on_error: OnError,
         settings: tuple[Any, ...],
@@ -64,21 +62,15 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         super().__init__()
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r}; expected 'warn' or 'raise'.")
-        if not isinstance(probe, int | str | Probe | Tensor | None):
-            raise ValueError(
-                f"probe is a {type(probe).__name__}; expected a number of examples, a "
-                "Probe, a tensor of inputs, or the path of a saved probe."
-            )
-        if isinstance(probe, int) and (probe < 1 or isinstance(probe, bool)):
-            raise ValueError(f"probe must hold at least 1 example, got {probe}.")
         self.instrument = instrument
         self._pristine = instrument.state_dict()
         self.schedule = as_schedule(every)
         self.on_error = on_error
         self.history: list[tuple[int, dict[str, float]]] = []
         """(step, {tag: value}) of every measurement of this run."""
-        self._source = Probe(probe) if isinstance(probe, Tensor) else probe
+        self._source = probe
         self._settings = " ".join(_stable_text(value) for value in settings)
+        self._trainer = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -89,10 +81,12 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._started = False
         self._failures = 0
         self._off = False
+        self._restored = False
+        self._complained: set[str] = set()
         # The state before a final measurement off schedule: what a checkpoint keeps,
         # so that a resumed run draws the curves of an unbroken one.
         self._scheduled_state: dict[str, Any] | None = None
-        self._last_weights: Tensor | None = None
+        self._last_weights: list[int] | None = None
 
     @property
     def state_key(self) -> str:
@@ -105,11 +99,11 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure step 0, or go on where a checkpoint stopped."""
-        if trainer.global_step == 0 and self._step > 0:  # another run, same object
+        fits_on = trainer.global_step > 0 and self._trainer == id(trainer)
+        if not (self._restored or fits_on):  # another run, perhaps of a used object
             self._reset()
             self.instrument.load_state_dict(self._pristine)
-        elif self._scheduled_state is not None:  # the same trainer fits on
-            self.load_state_dict(self.state_dict())
+        self._trainer, self._restored = id(trainer), False
         self._seen = trainer.global_step
         if self._measured < 0:
             self._step = trainer.global_step
@@ -130,6 +124,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             return
         self._seen = trainer.global_step
         self._step += 1
+        self._forget_final()
         # Before validation, whose end is when checkpoints are written by default.
         self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
 
@@ -137,15 +132,16 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         """Measure what the last batch could not know of: early stops, skipped steps."""
         self._measure_if_due(trainer, pl_module, ends_epoch=True)
         if self._measured != self._step and self._active(trainer):
-            self._last_weights = _weight_sums(pl_module)
+            self._last_weights = weight_sums(pl_module)
+        else:
+            self._last_weights = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the last step if another callback stopped the run after ours."""
         if self._measured == self._step or self._last_weights is None:
             return
         # Weight-averaging callbacks put other weights into the module at this point.
-        now = _weight_sums(pl_module)
-        if torch.allclose(now, self._last_weights, rtol=0, atol=0, equal_nan=True):
+        if weight_sums(pl_module) == self._last_weights:
             self._measure(trainer, pl_module, scheduled=False)
 
     def _measure_if_due(self, trainer: Any, pl_module: Any, ends_epoch: bool) -> None:
@@ -154,7 +150,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         epoch = trainer.current_epoch + 1 if ends_epoch else None
         if self.schedule.due(self._step, epoch):
             self._measure(trainer, pl_module)
-        elif _is_last_step(trainer, ends_epoch):
+        elif is_last_step(trainer, ends_epoch):
             self._measure(trainer, pl_module, scheduled=False)
 
     # What ---------------------------------------------------------------------------
@@ -183,10 +179,13 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         for name, error in report(measurement, trainer.loggers):
             if self.on_error == "raise":
                 raise error
+            if name in self._complained:
+                continue
+            self._complained.add(name)
             rank_zero_warn(
                 f"{self._who}: {name} did not take the measurement of step "
                 f"{measurement.step} ({type(error).__name__}: {error}). Other loggers "
-                "got it, and training goes on."
+                "got it, and training goes on. If it fails again, nothing more is said."
             )
 
     def _skip(self, error: Exception) -> None:
@@ -231,34 +230,46 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             "instrument": self.instrument.state_dict(),
         }
 
+    def _forget_final(self) -> None:
+        """Go on after a last step that was not the last, as if it had not been one."""
+        if self._scheduled_state is not None:
+            self._measured = self._scheduled_state["measured"]
+            self.instrument.load_state_dict(self._scheduled_state["instrument"])
+            self._scheduled_state = None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._reset()
+        self._restored = True
         self._step = state_dict["step"]
         self._measured = state_dict["measured"]
         self.history += [(step, dict(found)) for step, found in state_dict["history"]]
         self.instrument.load_state_dict(state_dict["instrument"])
 
 
-def _is_last_step(trainer: Any, ends_epoch: bool) -> bool:
-    """Whether the fit ends with the update just made, as far as can be known."""
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
-    if not ends_epoch:
-        return False
-    epochs = trainer.current_epoch + 1
-    if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
-        return True
-    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (
-        trainer.min_steps or 0
-    )
-    return bool(trainer.should_stop and may_stop)
+def checked_probe(probe: ProbeSource) -> int | str | Probe:
+    """What a monitor measures on, checked as far as it can be before the training.
 
+    Args:
+        probe: A `Probe`; a tensor of inputs; the path of a saved probe; or a number of
+            examples to draw from the training data.
 
-@torch.no_grad()
-def _weight_sums(model: nn.Module) -> Tensor:
-    sums = [p.double().sum().cpu() for p in model.parameters() if p.numel()]
-    return torch.stack(sums) if sums else torch.zeros(0)
+    Returns:
+        The same, a tensor as a `Probe`.
+
+    Raises:
+        ValueError: If it is none of these, or holds no example.
+    """
+    if isinstance(probe, Tensor):
+        return Probe(probe)
+    if isinstance(probe, bool) or not isinstance(probe, int | str | Probe):
+        raise ValueError(
+            f"probe is a {type(probe).__name__}; expected a number of examples, a "
+            "Probe, a tensor of inputs, or the path of a saved probe."
+        )
+    if isinstance(probe, int) and probe < 1:
+        raise ValueError(f"probe must hold at least 1 example, got {probe}.")
+    return probe
 
 
 def _refuse_sharded(trainer: Any) -> None:

@@ -9,8 +9,9 @@ class ParameterDriftMonitor(Monitor):
     """Logs displacement, path length and direction of the weights.
 
     `params/displacement` is ‖θₜ−θ₀‖₂/‖θ₀‖₂ (small in the lazy regime), also for every
-    tensor as `params/displacement/<name>`; `params/path_length` is Σ‖θᵢ₊₁−θᵢ‖₂/‖θ₀‖₂
-    over the measured points; `params/cosine_to_init` is the cosine of θₜ and θ₀.
+    tensor as `params_tensors/displacement/<name>`; `params/path_length` is
+    Σ‖θᵢ₊₁−θᵢ‖₂/‖θ₀‖₂ over the measured points; `params/cosine_to_init` is the cosine of
+    θₜ and θ₀.
 
     Args:
         every: As in `NTKMonitor`.

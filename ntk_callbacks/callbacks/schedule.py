@@ -45,14 +45,14 @@ def every(n: int, unit: str = "steps") -> Schedule:
         A schedule.
 
     Raises:
-        ValueError: If n is below 1 or the unit is unknown.
+        ValueError: If n is not a number of at least 1 or the unit is unknown.
 
     Example:
         >>> [step for step in range(1, 9) if every(3).due(step)]
         [3, 6]
     """
-    if isinstance(n, bool) or n < 1:
-        raise ValueError(f"every: n must be at least 1, got {n}.")
+    if not _is_count(n):
+        raise ValueError(f"every: n must be a whole number of at least 1, got {n}.")
     if unit == "steps":
         return Schedule(f"{n} steps", partial(_multiple, n), _never)
     if unit == "epochs":
@@ -76,9 +76,10 @@ def log_spaced(per_decade: int = 5) -> Schedule:
         >>> [step for step in range(1, 101) if log_spaced(3).due(step)]
         [1, 2, 5, 10, 22, 46, 100]
     """
-    if isinstance(per_decade, bool) or per_decade < 1:
+    if not _is_count(per_decade):
         raise ValueError(
-            f"log_spaced: per_decade must be at least 1, got {per_decade}."
+            "log_spaced: per_decade must be a whole number of at least 1, got "
+            f"{per_decade}."
         )
     return Schedule(f"{per_decade} per decade", partial(_on_grid, per_decade), _never)
 
@@ -130,7 +131,7 @@ def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__name__)
         return Schedule(name, value, _never)
-    text = value.strip().lower()
+    text = value.strip().lower() if isinstance(value, str) else ""
     if text.isdecimal():
         return every(int(text))
     if match := re.fullmatch(r"(?:(\d+) )?(step|epoch)s?", text):
@@ -144,6 +145,10 @@ def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
         "'3 epochs', '100 steps', '5 per decade', 'at 1 10 100', or a function "
         "step -> bool."
     )
+
+
+def _is_count(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
 def _never(_count: int) -> bool:

@@ -24,7 +24,8 @@ def max_learning_rate(
         nesterov: Nesterov's momentum instead of the heavy ball.
 
     Returns:
-        Learning rate in (0, ∞], float64; infinite if the kernel is zero.
+        Learning rate in (0, ∞], float64; infinite if the kernel is zero, NaN if it
+        is not finite.
 
     Raises:
         ValueError: If the momentum is outside [0, 1).
@@ -37,7 +38,10 @@ def max_learning_rate(
         Lee et al. 2019, arXiv:1902.06720; Cohen et al. 2021, arXiv:2103.00065
         (momentum).
     """
-    eigenvalues: Tensor = torch.linalg.eigvalsh(as_matrix(ntk).double())
+    matrix = as_matrix(ntk).double()
+    if not matrix.isfinite().all():
+        return matrix.new_tensor(torch.nan)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
     return learning_rate_limit(eigenvalues[-1], momentum=momentum, nesterov=nesterov)
 
 

@@ -68,7 +68,7 @@ def forward(function: ModelFunction, x: Inputs) -> Float[Tensor, "n c"]:
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         try:
             with torch.no_grad():
-                return function(function.params, x)
+                return function(function.params, x).detach()
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ntk_callbacks._types import Inputs, Kernel, Params, Scaling
+from ntk_callbacks.engine.backward import gradients_of, graph_nodes
 from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.errors import UnsupportedModelError
@@ -115,8 +116,8 @@ def _held(
 
     def keep(rows: slice, part: Params) -> None:
         for name, kept in columns.items():
-            part_of = part.pop(name).detach()
-            block = part_of.reshape(*part_of.shape[:2], -1)[:, :, kept]
+            whole = part.pop(name).detach()
+            block = whole.reshape(*whole.shape[:2], -1)[:, :, kept]
             if name not in held:
                 held[name] = block.new_empty(batch_size(x), *block.shape[1:])
             held[name][rows] = block
@@ -124,7 +125,10 @@ def _held(
     jacobian(problem, x, list(columns), chunk, joint, keep)
     if problem.scaling is not None:
         for name, kept in columns.items():
-            scale = torch.as_tensor(problem.scaling[name]).to(params[name])
+            like = params[name]
+            scale = torch.as_tensor(  # at once: a float is not a float32
+                problem.scaling[name], dtype=like.dtype, device=like.device
+            )
             root = scale.sqrt().expand(params[name].shape).reshape(-1)
             held[name] *= root[kept]
     return held
@@ -179,17 +183,13 @@ def row_jacobian(
 ) -> None:
     """J row by row: one backward pass for each output of each example."""
     function = problem.function
-    # All parameters, because a reentrant checkpoint differentiates nothing unless one of
-    # its inputs needs a gradient.
-    leaf = {
-        name: tensor.detach().requires_grad_(tensor.is_floating_point())
-        for name, tensor in (function.params | function.fixed).items()
-    }
+    leaf = _leaf_parameters(function)
     wanted = [leaf[name] for name in names]
 
     def differentiate(outputs: Float[Tensor, "m c"], start: int) -> None:
+        row = gradients_of(outputs)
         for i, example in enumerate(outputs, start):
-            rows = [_row(output, leaf, wanted) for output in example]
+            rows = [row(output, wanted) for output in example]
             stacked = [torch.stack(parts)[None] for parts in zip(*rows, strict=True)]
             keep(slice(i, i + 1), dict(zip(names, stacked, strict=True)))
 
@@ -201,31 +201,16 @@ def row_jacobian(
         function.during(leaf, part, partial(differentiate, start=start))
 
 
-def _row(output: Tensor, leaf: Params, wanted: list[Tensor]) -> list[Tensor]:
-    """Gradients of one number; zero by parameters it does not depend on."""
-    if not output.requires_grad:
-        return [torch.zeros_like(tensor) for tensor in wanted]
-    try:
-        row = torch.autograd.grad(
-            output,
-            wanted,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
+def _leaf_parameters(function: ModelFunction) -> Params:
+    """All parameters; those need a gradient that do in training, or are measured."""
+    # Also those that are not measured: a reentrant checkpoint differentiates nothing
+    # unless one of its inputs needs a gradient.
+    return {
+        name: tensor.detach().requires_grad_(
+            name in function.params or name in function.trained
         )
-        return [gradient.to_dense() for gradient in row]  # sparse of some embeddings
-    except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-    # Reentrant checkpointing only works through `.backward()`.
-    torch.autograd.backward(output, retain_graph=True)
-    gradients = [
-        torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.to_dense()
-        for tensor in wanted
-    ]
-    for tensor in leaf.values():
-        tensor.grad = None
-    return gradients
+        for name, tensor in (function.params | function.fixed).items()
+    }
 
 
 def _graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
@@ -235,15 +220,23 @@ def _graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph for ever
 
     n = batch_size(x)
-    known = {t.untyped_storage().data_ptr() for t in function.params.values()}
-    leaf = {k: v.detach().requires_grad_() for k, v in function.params.items()}
+    leaf = _leaf_parameters(function)
+    known = {tensor.untyped_storage().data_ptr() for tensor in leaf.values()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        c = function(leaf, x).shape[1]
+        outputs = function(leaf, x)
+    for node in graph_nodes(outputs):
+        name = function.originals.get(id(getattr(node, "variable", None)))
+        if name in function.params:
+            raise UnsupportedModelError(
+                f"the model reaches parameter {name!r} past its attribute of that name "
+                "(through a list, a closure, a partial), where its gradient would be "
+                "missed. Use the attribute in `forward`."
+            )
     saved = sum(size for pointer, size in kept.items() if pointer not in known)
-    return c, -(-saved // n)
+    return outputs.shape[1], -(-saved // n)
 
 
 Route: TypeAlias = Callable[[Problem], dict[str, Kernel]]

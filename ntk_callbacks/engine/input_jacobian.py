@@ -7,11 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction
+from ntk_callbacks.engine.backward import gradients_of
 from ntk_callbacks.engine.coupling import forward, is_coupled, refuse_randomness
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.engine.spectral import singular_values
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
-from ntk_callbacks.functional import ModelFunction, measuring
+from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.guard import measuring
 from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
 
 
@@ -40,6 +42,7 @@ def input_jacobian(
         Tensor `(n, c, d)` in the dtype and on the device of the parameters.
 
     Raises:
+        ValueError: If there is no example.
         UnsupportedModelError: If no input is floating, or the outputs are random.
         MemoryBudgetError: If the result does not fit; see `input_singular_values`.
 
@@ -78,6 +81,7 @@ def input_singular_values(
         Jacobian is not finite.
 
     Raises:
+        ValueError: If there is no example.
         UnsupportedModelError: If no input is floating, or the outputs are random.
         MemoryBudgetError: If the Jacobian of one example does not fit.
 
@@ -108,6 +112,8 @@ def _jacobian_blocks(
     # Parameters are held fixed here, frozen ones included.
     function = ModelFunction(model, output_fn=output_fn, parameters=_every_parameter)
     x = function.prepare(x)
+    if batch_size(x) == 0:
+        raise ValueError("input_jacobian: the inputs hold no example.")
     refuse_randomness(function, x)
     n, sources = batch_size(x), _floating(x)
     c = forward(function, x).shape[1]
@@ -160,8 +166,10 @@ def _independent_block(function: ModelFunction, x: Inputs) -> Float[Tensor, "m c
     x, sources = _differentiable(x)
 
     def rows(outputs: Float[Tensor, "m c"]) -> Tensor:
+        gradients = gradients_of(outputs)
         return torch.stack(
-            [_gradient(column.sum(), sources) for column in outputs.unbind(1)], 1
+            [_flat(gradients(column.sum(), sources)) for column in outputs.unbind(1)],
+            1,
         )
 
     return function.during({}, x, rows)
@@ -174,9 +182,12 @@ def _joint_block(
     x, sources = _differentiable(x)
 
     def rows(outputs: Float[Tensor, "n c"]) -> Tensor:
+        gradients = gradients_of(outputs)
         return torch.stack(
             [
-                torch.stack([_gradient(value, sources)[i] for value in outputs[i]])
+                torch.stack(
+                    [_flat(gradients(value, sources))[i] for value in outputs[i]]
+                )
                 for i in range(start, stop)
             ]
         )
@@ -184,10 +195,5 @@ def _joint_block(
     return function.during({}, x, rows)
 
 
-def _gradient(output: Tensor, sources: list[Tensor]) -> Float[Tensor, "m d"]:
-    if not output.requires_grad:  # a constant output
-        return torch.cat([torch.zeros_like(s).flatten(1) for s in sources], 1)
-    gradients = torch.autograd.grad(
-        output, sources, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+def _flat(gradients: list[Tensor]) -> Float[Tensor, "m d"]:
     return torch.cat([gradient.flatten(1) for gradient in gradients], 1)

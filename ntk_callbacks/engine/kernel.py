@@ -22,7 +22,8 @@ from ntk_callbacks.engine.coupling import refuse_randomness
 from ntk_callbacks.engine.exact import ROUTES, Problem
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import MemoryBudgetError
-from ntk_callbacks.functional import ModelFunction, measuring
+from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.guard import measuring
 from ntk_callbacks.nested import batch_size
 
 _log = logging.getLogger(__name__)

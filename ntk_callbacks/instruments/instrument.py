@@ -40,6 +40,12 @@ def tag_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "root"
 
 
+def one_of(argument: str, value: object, valid: tuple[str, ...]) -> None:
+    """Raise ValueError, before any training, unless the value is a valid one."""
+    if value not in valid:
+        raise ValueError(f"{argument}={value!r}; expected one of {', '.join(valid)}.")
+
+
 def numbers(found: Mapping[str, Tensor | float | None]) -> dict[str, float]:
     """Scalars as Python floats, which every logger takes; None is left out."""
     return {tag: float(value) for tag, value in found.items() if value is not None}

@@ -1,13 +1,15 @@
 """Singular values of the input-output Jacobian: dynamical isometry."""
 
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from ntk_callbacks import metrics
 from ntk_callbacks._types import Mode, OutputFunction
 from ntk_callbacks.engine.input_jacobian import input_singular_values
-from ntk_callbacks.instruments.instrument import numbers
+from ntk_callbacks.engine.memory import memory_bytes
+from ntk_callbacks.instruments.instrument import numbers, one_of
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
@@ -19,6 +21,9 @@ class JacobianInstrument:
         output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
         memory_budget: Bytes that the Jacobians held at a time may take.
+
+    Raises:
+        ValueError: If an argument is not understood.
     """
 
     def __init__(
@@ -28,6 +33,8 @@ class JacobianInstrument:
         mode: Mode = "eval",
         memory_budget: int | str | None = None,
     ) -> None:
+        one_of("mode", mode, get_args(Mode))
+        memory_bytes(memory_budget, torch.device("cpu"))
         self.output_fn = output_fn
         self.mode = mode
         self.memory_budget = memory_budget

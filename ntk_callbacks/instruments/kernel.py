@@ -1,14 +1,13 @@
 """The empirical NTK on a fixed probe: spectrum, drift, alignment."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ntk_callbacks import metrics
 from ntk_callbacks._types import (
     Grouping,
     Kernel,
@@ -17,12 +16,14 @@ from ntk_callbacks._types import (
     Outputs,
     ParameterFilter,
 )
-from ntk_callbacks.dynamics.stability import learning_rate_limit
+from ntk_callbacks.engine.exact import ROUTES
 from ntk_callbacks.engine.kernel import empirical_ntk
-from ntk_callbacks.engine.spectral import kernel_eigenvalues
+from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import ProbeMismatchError
-from ntk_callbacks.functional import ModelFunction, measuring
-from ntk_callbacks.instruments.instrument import numbers, tag_name
+from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.guard import measuring
+from ntk_callbacks.instruments.instrument import numbers, one_of, tag_name
+from ntk_callbacks.instruments.kernel_view import METRICS, KernelMetric, KernelView
 from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -40,6 +41,9 @@ class NTKOptions:
         dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
             traced over the outputs.
         name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
+
+    Raises:
+        ValueError: If an option is not understood.
     """
 
     mode: Mode = "eval"
@@ -48,110 +52,15 @@ class NTKOptions:
     dense_limit: int = 2048
     name: str = "ntk"
 
-
-@dataclass(frozen=True)
-class KernelView:
-    """A kernel and what it is compared with; each property is computed once.
-
-    Args:
-        ntk: Θₜ as `empirical_ntk` returns it.
-        reference: Θ₀.
-        previous: Θ of the previous measurement; None at the first.
-        steps: Updates since the previous measurement.
-        targets: Targets of the probe, or None.
-    """
-
-    ntk: Kernel
-    reference: Kernel
-    previous: Kernel | None
-    steps: int
-    targets: Tensor | None
-
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the kernel matrix, the largest first, float64."""
-        return kernel_eigenvalues(as_matrix(self.ntk))
-
-    @cached_property
-    def traced(self) -> Tensor:
-        """Traced kernel (n, n), (1/c) Σₖ Θ[:, :, k, k]."""
-        if self.ntk.ndim == 4:
-            return torch.diagonal(self.ntk, dim1=2, dim2=3).mean(-1)
-        return self.ntk.mean(-1) if self.ntk.ndim == 3 else self.ntk
-
-
-KernelMetric: TypeAlias = Callable[[KernelView], Tensor | float | None]
-
-
-def _trace(view: KernelView) -> Tensor:
-    return as_matrix(view.ntk).diagonal().double().sum()
-
-
-def _eigenvalue_max(view: KernelView) -> Tensor:
-    return view.eigenvalues[0]
-
-
-def _eigenvalue_min(view: KernelView) -> Tensor:
-    return view.eigenvalues[-1]
-
-
-def _condition_number(view: KernelView) -> Tensor:
-    precision = torch.finfo(view.ntk.dtype).eps
-    return metrics.condition_number(view.eigenvalues, tolerance=precision)
-
-
-def _participation_ratio(view: KernelView) -> Tensor:
-    return metrics.participation_ratio(view.eigenvalues)
-
-
-def _entropy_rank(view: KernelView) -> Tensor:
-    return metrics.entropy_rank(view.eigenvalues)
-
-
-def _relative_change(view: KernelView) -> Tensor:
-    return metrics.relative_change(view.ntk, view.reference)
-
-
-def _kernel_distance(view: KernelView) -> Tensor:
-    return metrics.kernel_distance(view.ntk, view.reference)
-
-
-def _kernel_velocity(view: KernelView) -> Tensor | float:
-    if view.previous is None or view.steps == 0:
-        return torch.nan
-    return metrics.kernel_distance(view.ntk, view.previous) / view.steps
-
-
-def _target_alignment(view: KernelView) -> Tensor | None:
-    if view.targets is None:
-        return None
-    return metrics.target_alignment(view.traced, view.targets.to(view.ntk.device))
-
-
-def _off_diagonal_share(view: KernelView) -> Tensor | None:
-    return metrics.off_diagonal_share(view.ntk) if view.ntk.ndim == 4 else None
-
-
-def _max_learning_rate(view: KernelView) -> Tensor:
-    return learning_rate_limit(view.eigenvalues[0])
-
-
-# Named functions, not lambdas: monitors are pickled to spawned processes.
-METRICS: dict[str, KernelMetric] = {
-    "trace": _trace,
-    "eigenvalue_max": _eigenvalue_max,
-    "eigenvalue_min": _eigenvalue_min,
-    "condition_number": _condition_number,
-    "participation_ratio": _participation_ratio,
-    "entropy_rank": _entropy_rank,
-    "relative_change": _relative_change,
-    "kernel_distance": _kernel_distance,
-    "kernel_velocity": _kernel_velocity,
-    "target_alignment": _target_alignment,
-    "off_diagonal_share": _off_diagonal_share,
-    "max_learning_rate": _max_learning_rate,
-}
-"""Name -> scalar of a kernel; None where the quantity has no meaning."""
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, get_args(Mode))
+        one_of("route", self.route, ("auto", *ROUTES))
+        memory_bytes(self.memory_budget, torch.device("cpu"))
+        if not re.fullmatch(r"[A-Za-z0-9_./-]+", self.name):
+            raise ValueError(
+                f"name={self.name!r} becomes part of tags; expected letters, digits "
+                "and any of _ . / -"
+            )
 
 
 class KernelInstrument:
@@ -168,7 +77,7 @@ class KernelInstrument:
         options: The less common choices.
 
     Raises:
-        ValueError: If a metric is unknown.
+        ValueError: If an argument is not understood.
     """
 
     def __init__(
@@ -181,6 +90,9 @@ class KernelInstrument:
         output_fn: OutputFunction | None = None,
         options: NTKOptions | None = None,
     ) -> None:
+        one_of("outputs", outputs, ("auto", *get_args(Outputs)))
+        if not isinstance(by, Mapping | None):
+            one_of("by", by, ("module", "parameter"))
         self.outputs = outputs
         self._outputs: Outputs | None = None if outputs == "auto" else outputs
         self.metrics = _chosen_metrics(metrics)

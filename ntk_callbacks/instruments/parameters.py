@@ -71,8 +71,9 @@ class ParameterDriftInstrument:
             "params/cosine_to_init": metrics.cosine_similarity(now, reference),
         }
         if self.per_tensor:
+            # A group of its own: some loggers forbid a tag that begins another tag.
             found |= {
-                f"params/displacement/{tag_name(name)}": metrics.displacement(
+                f"params_tensors/displacement/{tag_name(name)}": metrics.displacement(
                     {name: now[name]}, {name: reference[name]}
                 )
                 for name in names

@@ -17,7 +17,7 @@ def relative_change(
         reference: Θ₀ of the same shape.
 
     Returns:
-        Value in [0, ∞); NaN if the reference is zero.
+        Value in [0, ∞); infinite or NaN if the reference is zero.
 
     Raises:
         ValueError: If the shapes differ.

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 # Nine evenly spaced colors of the viridis map (Smith, van der Walt 2015, CC0).
 _COLORS = torch.tensor(
@@ -20,13 +21,15 @@ _COLORS = torch.tensor(
 )
 
 
-def heat_map(matrix: Tensor, min_side: int = 256) -> Tensor:
+def heat_map(matrix: Tensor, min_side: int = 256, max_side: int = 512) -> Tensor:
     """A matrix as an RGB image, the smallest entry dark, the largest yellow.
 
     Args:
         matrix: Two-dimensional, of any real dtype; non-finite entries are drawn gray.
         min_side: Every entry becomes a square of pixels, so that the shorter side has
             at least this many.
+        max_side: A matrix with more rows or columns is averaged over squares of
+            entries first: an image of thousands of rows takes megabytes in a log.
 
     Returns:
         Tensor (3, height, width) of uint8 on the CPU.
@@ -41,6 +44,9 @@ def heat_map(matrix: Tensor, min_side: int = 256) -> Tensor:
     if matrix.ndim != 2 or not matrix.numel():
         raise ValueError(f"heat_map: expected a matrix, got {tuple(matrix.shape)}.")
     values = matrix.detach().cpu().double()
+    if max(values.shape) > max_side:
+        merged = -(-max(values.shape) // max_side)
+        values = avg_pool2d(values[None], merged, ceil_mode=True)[0]
     finite = values.isfinite()
     low, high = values[finite].aminmax() if finite.any() else (0.0, 1.0)
     span = high - low if high > low else 1.0
@@ -50,6 +56,6 @@ def heat_map(matrix: Tensor, min_side: int = 256) -> Tensor:
     share = (position - below)[..., None]
     colors = (1 - share) * _COLORS[below] + share * _COLORS[below + 1]
     colors[~finite] = 128.0
-    repeat = -(-min_side // min(matrix.shape))
+    repeat = -(-min_side // min(values.shape))
     image = colors.round().to(torch.uint8).permute(2, 0, 1)
     return image.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2)

@@ -40,12 +40,20 @@ def _draw(measurement: Measurement, writer: Any) -> None:
     for tag, vector in measurement.vectors.items():
         finite = _finite(vector)
         if len(finite):
-            writer.add_histogram(tag, finite, measurement.step)
+            writer.add_histogram(tag, finite, measurement.step, bins=_edges(finite))
     for tag, matrix in measurement.matrices.items():
         if len(_finite(matrix)):
             writer.add_image(tag, heat_map(matrix), measurement.step)
 
 
 def _finite(values: Tensor) -> Tensor:
-    values = values.detach().cpu()
+    values = values.detach().cpu().double()
     return values[torch.isfinite(values)]
+
+
+def _edges(values: Tensor, bins: int = 100) -> list[float]:
+    """Equal bins; those of TensorBoard widen with |value| and blur both ends."""
+    low, high = (float(value) for value in values.aminmax())
+    margin = 1e-6 * (max(abs(low), abs(high)) or 1.0)  # for values that are all equal
+    edges = torch.linspace(low - margin, high + margin, bins + 1, dtype=torch.float64)
+    return [float(edge) for edge in edges]

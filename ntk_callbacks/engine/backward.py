@@ -1,0 +1,58 @@
+"""Backward passes, one number after the other; reentrant checkpoints included."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+Gradients: TypeAlias = Callable[[Tensor, list[Tensor]], list[Tensor]]
+"""`(number, leaves)` -> its derivative by each leaf, zero where there is no path."""
+
+
+def gradients_of(outputs: Tensor) -> Gradients:
+    """How to differentiate single numbers of `outputs`, whose graph is kept.
+
+    Args:
+        outputs: What the forward pass gave.
+
+    Returns:
+        A function of one number and the leaves to differentiate it by.
+    """
+    # `autograd.grad` raises on its way through a reentrant checkpoint, and gives zeros
+    # for the parameters inside if nothing before it is differentiated.
+    nodes = graph_nodes(outputs)
+    if any("CheckpointFunction" in node.name() for node in nodes):
+        return _by_backward
+    return _by_grad
+
+
+def graph_nodes(outputs: Tensor) -> Iterator[Node]:
+    """Every node of the graph behind `outputs`, each once."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+            yield node
+
+
+def _by_grad(number: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not number.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    row = torch.autograd.grad(
+        number, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return [gradient.to_dense() for gradient in row]  # sparse of some embeddings
+
+
+def _by_backward(number: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(number, retain_graph=True)
+    return [
+        torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.to_dense()
+        for leaf in leaves
+    ]

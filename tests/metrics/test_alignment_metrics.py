@@ -1,0 +1,111 @@
+"""Alignments: what they are on kernels made for it, and what they are blind to."""
+
+import inspect
+
+import pytest
+import torch
+
+from ntk_callbacks.metrics import cka, off_diagonal_share, target_alignment
+
+
+def positive(n=6):
+    half = torch.randn(n, n, dtype=torch.float64)
+    return half @ half.mT
+
+
+def centering(n):
+    return torch.eye(n, dtype=torch.float64) - 1 / n
+
+
+def test_cka_is_the_cosine_of_centered_kernels():
+    k, m, h = positive(), positive(), centering(6)
+    first, second = h @ k @ h, h @ m @ h
+    expected = torch.trace(first @ second) / (first.norm() * second.norm())
+    assert cka(k, m).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_cka_of_a_kernel_with_itself_is_one():
+    k = positive()
+    assert cka(k, 3 * k).item() == pytest.approx(1, rel=1e-14)
+
+
+def test_cka_is_blind_to_scale_shift_and_common_permutation():
+    k, m = positive(), positive()
+    value = cka(k, m).item()
+    order = torch.randperm(6)
+    assert cka(5 * k + 2, m - 7).item() == pytest.approx(value, rel=1e-12)
+    assert cka(k[order][:, order], m[order][:, order]).item() == pytest.approx(value)
+    assert cka(m, k).item() == pytest.approx(value, rel=1e-14)
+
+
+def test_cka_of_orthogonal_features_is_zero():
+    u = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    v = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert cka(torch.outer(u, u), torch.outer(v, v)) == 0
+
+
+def test_cka_of_constant_kernels_is_nan():
+    assert cka(torch.ones(3, 3), torch.eye(3)).isnan()
+    assert cka(torch.eye(3) * torch.nan, torch.eye(3)).isnan()
+
+
+def test_cka_of_two_shapes():
+    # Without the shape checks of this test run, as a user calls it.
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(3, 3\)"):
+        inspect.unwrap(cka)(torch.eye(2), torch.eye(3))
+
+
+def test_target_alignment_is_cka_with_the_one_hot_gram_matrix():
+    k = positive()
+    classes = torch.tensor([0, 2, 1, 0, 2, 2])
+    y = torch.nn.functional.one_hot(classes).double()
+    assert target_alignment(k, classes).item() == pytest.approx(
+        cka(k, y @ y.mT).item(), rel=1e-14
+    )
+
+
+def test_target_alignment_of_a_kernel_made_of_its_targets_is_one():
+    y = torch.randn(6, 3, dtype=torch.float64)
+    assert target_alignment(y @ y.mT, y).item() == pytest.approx(1, rel=1e-14)
+
+
+def test_target_alignment_does_not_depend_on_the_names_of_classes():
+    k = positive()
+    classes = torch.tensor([0, 1, 1, 0, 2, 2])
+    renamed = torch.tensor([9, -1, -1, 9, 100, 100])
+    assert target_alignment(k, classes) == target_alignment(k, renamed)
+    assert target_alignment(k, classes) == target_alignment(k, classes[:, None])
+
+
+def test_target_alignment_of_two_classes_is_that_of_signs():
+    k = positive()
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])
+    classes = (signs > 0).long()
+    assert target_alignment(k, classes).item() == pytest.approx(
+        target_alignment(k, signs).item(), rel=1e-12
+    )
+    assert target_alignment(k, signs > 0) == target_alignment(k, classes)
+
+
+def test_target_alignment_edges():
+    assert target_alignment(positive(3), torch.zeros(3)).isnan()
+    assert target_alignment(positive(3), torch.ones(3).long()).isnan()
+    with pytest.raises(ValueError, match="2 targets for a kernel of 3"):
+        inspect.unwrap(target_alignment)(positive(3), torch.zeros(2))
+
+
+def test_off_diagonal_share():
+    identity = torch.eye(3).expand(4, 4, 3, 3)
+    assert off_diagonal_share(identity) == 0
+    everything = torch.ones(4, 4, 3, 3)
+    assert off_diagonal_share(everything).item() == pytest.approx(6 / 9)
+    assert off_diagonal_share(everything - identity) == 1
+    assert off_diagonal_share(torch.randn(3, 3, 1, 1)) == 0
+    assert off_diagonal_share(torch.zeros(2, 2, 2, 2)).isnan()
+
+
+def test_off_diagonal_share_is_blind_to_scale():
+    ntk = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+    share = off_diagonal_share(ntk).item()
+    assert 0 < share < 1
+    assert off_diagonal_share(-7 * ntk).item() == pytest.approx(share, rel=1e-13)

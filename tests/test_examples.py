@@ -1,0 +1,134 @@
+"""Every example runs as it stands, in an empty folder, within a small budget."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def run(script, folder, afterwards=""):
+    """Output of a script in a process of its own, in an empty folder."""
+    code = f"""
+import runpy, sys
+sys.argv = [{script.name!r}, "--fast"]
+runpy.run_path({str(script)!r}, run_name="__main__")
+{afterwards}
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        # One thread: processes with a thread for each core wait for one another.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Monitor:" not in finished.stderr  # how the warnings of a monitor begin
+    return finished.stdout
+
+
+def events(folder):
+    """Names of the tags in the event files below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out.tfevents.*")
+    tags = EventAccumulator(str(file)).Reload().Tags()
+    return {tag for kind in ("scalars", "histograms", "images") for tag in tags[kind]}
+
+
+def advertised_folder(output):
+    """Where the last line of an example says to look."""
+    (folder,) = re.findall(r"tensorboard --logdir (\S+)$", output, re.MULTILINE)
+    return folder
+
+
+MEASURED = {
+    "loss/train",
+    "ntk/trace",
+    "ntk/kernel",
+    "ntk/eigenvalues_log10",
+    "params/displacement",
+    "jacobian/log_std",
+    "jacobian/singular_values_log10",
+}
+
+
+def test_trainer_example_leaves_curves_where_it_says(tmp_path):
+    output = run(EXAMPLES / "plain_trainer.py", tmp_path)
+    assert events(tmp_path / advertised_folder(output)) >= MEASURED
+
+
+def test_loop_example_leaves_curves_where_it_says(tmp_path):
+    output = run(EXAMPLES / "plain_loop.py", tmp_path)
+    assert events(tmp_path / advertised_folder(output)) >= MEASURED
+    assert re.search(r"^loss \d\.\d+ after 10 steps$", output, re.MULTILINE)
+
+
+def test_kernel_example_prints_what_it_finds_without_importing_lightning(tmp_path):
+    check = "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys()"
+    output = run(EXAMPLES / "kernel_in_a_notebook.py", tmp_path, afterwards=check)
+    assert "(40, 40, 10, 10)" in output
+    assert "(400, 400)" in output
+    assert len(re.findall(r"^layer .*alignment 0\.\d+$", output, re.MULTILINE)) == 2
+    right = re.search(r"reads (\d+)% of the new images right", output)
+    assert int(right[1]) > 80  # chance is 10 %
+    assert not list(tmp_path.iterdir())
+
+
+def code_lines(script):
+    """Numbers of the lines that are neither blank, comment nor docstring."""
+    text = script.read_text()
+    lines = {
+        number
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.strip().startswith("#")
+    }
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def test_trainer_example_is_short_and_monitoring_is_one_line_of_it():
+    script = EXAMPLES / "plain_trainer.py"
+    assert len(code_lines(script)) <= 35
+    uses = [
+        line.strip() for line in script.read_text().splitlines() if "Monitor(" in line
+    ]
+    assert uses == [
+        "callbacks=[NTKMonitor(), ParameterDriftMonitor(), JacobianMonitor()],"
+    ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_example_can_be_read_from_top_to_bottom(script):
+    text = script.read_text()
+    tree = ast.parse(text)
+    assert len(text.splitlines()) < 80
+    assert len(ast.get_docstring(tree).splitlines()) > 3
+    imported = {
+        (node.module or "").split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    } | {
+        name.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert imported <= {"sys", "torch", "lightning", "sklearn", "ntk_callbacks"}
+    assert "ntk_callbacks.experiments" not in text
+
+
+def test_every_example_is_run():
+    names = {script.stem for script in SCRIPTS}
+    assert names == {"plain_trainer", "plain_loop", "kernel_in_a_notebook"}

@@ -1,0 +1,437 @@
+"""What a user sees: from a fit, through the event file, to pixels in a browser."""
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from oracles import ntk_by_loop
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import (
+    StaleElementReferenceException,
+    TimeoutException,
+)
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor, Probe, at
+
+# Two epochs of three steps, and three monitors that agree only on the first and last.
+NTK_STEPS = [0, 2, 4, 6]
+PARAMS_STEPS = [0, 3, 6]
+JACOBIAN_STEPS = [0, 1, 5, 6]
+SCALARS = {
+    "ntk/condition_number": NTK_STEPS,
+    "ntk/eigenvalue_max": NTK_STEPS,
+    "ntk/eigenvalue_min": NTK_STEPS,
+    "ntk/entropy_rank": NTK_STEPS,
+    "ntk/kernel_distance": NTK_STEPS,
+    "ntk/kernel_velocity": NTK_STEPS,
+    "ntk/max_learning_rate": NTK_STEPS,
+    "ntk/off_diagonal_share": NTK_STEPS,
+    "ntk/participation_ratio": NTK_STEPS,
+    "ntk/relative_change": NTK_STEPS,
+    "ntk/target_alignment": NTK_STEPS,
+    "ntk/trace": NTK_STEPS,
+    "params/cosine_to_init": PARAMS_STEPS,
+    "params/displacement": PARAMS_STEPS,
+    "params_tensors/displacement/net.0.bias": PARAMS_STEPS,
+    "params_tensors/displacement/net.0.weight": PARAMS_STEPS,
+    "params_tensors/displacement/net.2.bias": PARAMS_STEPS,
+    "params_tensors/displacement/net.2.weight": PARAMS_STEPS,
+    "params/path_length": PARAMS_STEPS,
+    "jacobian/condition_number": JACOBIAN_STEPS,
+    "jacobian/log_std": JACOBIAN_STEPS,
+    "jacobian/mean_square": JACOBIAN_STEPS,
+    "jacobian/singular_value_max": JACOBIAN_STEPS,
+    "jacobian/singular_value_min": JACOBIAN_STEPS,
+}
+HISTOGRAMS = {
+    "ntk/eigenvalues_log10": NTK_STEPS,
+    "jacobian/singular_values_log10": JACOBIAN_STEPS,
+}
+IMAGES = {"ntk/kernel": NTK_STEPS}
+CLASSES = torch.tensor([2, 0, 1, 0, 2, 1, 1, 0, 2, 0])  # in no order, of unequal sizes
+PATIENCE = 60  # seconds a page or a server may take on a busy machine
+
+
+class Classifier(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def clusters(classes):
+    """Inputs near one of three axes: similar within a class, orthogonal between."""
+    return 2 * torch.eye(3)[classes] + 0.3 * torch.randn(len(classes), 3)
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: str
+    model: nn.Module
+    probe: Probe
+    events: EventAccumulator
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    y = torch.arange(24) % 3
+    data = DataLoader(TensorDataset(clusters(y), y), batch_size=8, shuffle=True)
+    probe = Probe(clusters(CLASSES), CLASSES)
+    model = Classifier()
+    logger = TensorBoardLogger(tmp_path_factory.mktemp("run"), name="", version="")
+    Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[
+            NTKMonitor(probe, every=2, on_error="raise"),
+            ParameterDriftMonitor(every="epoch", on_error="raise"),
+            JacobianMonitor(probe, every=at(1, 5), on_error="raise"),
+        ],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, data)
+    events = EventAccumulator(
+        logger.log_dir, size_guidance={"scalars": 0, "histograms": 0, "images": 0}
+    )
+    return Run(logger.log_dir, model, probe, events.Reload())
+
+
+# The event file.
+
+
+def test_event_file_holds_every_tag_at_the_scheduled_steps(run):
+    events = run.events
+    tags = events.Tags()
+    assert {
+        tag: [event.step for event in events.Scalars(tag)]
+        for tag in tags["scalars"]
+        if tag.startswith(("ntk", "params", "jacobian"))
+    } == SCALARS
+    assert {
+        tag: [event.step for event in events.Histograms(tag)]
+        for tag in tags["histograms"]
+    } == HISTOGRAMS
+    assert {
+        tag: [event.step for event in events.Images(tag)] for tag in tags["images"]
+    } == IMAGES
+
+
+def test_only_the_velocity_before_the_first_step_is_unknown(run):
+    unknown = {
+        (tag, event.step)
+        for tag in SCALARS
+        for event in run.events.Scalars(tag)
+        if not np.isfinite(event.value)
+    }
+    assert unknown == {("ntk/kernel_velocity", 0)}
+
+
+def test_histograms_count_every_eigenvalue_and_singular_value_once(run):
+    counts = {
+        tag: [event.histogram_value.num for event in run.events.Histograms(tag)]
+        for tag in HISTOGRAMS
+    }
+    each = len(CLASSES) * 3  # three outputs, each with its own direction
+    assert counts == {
+        "ntk/eigenvalues_log10": [each] * len(NTK_STEPS),
+        "jacobian/singular_values_log10": [each] * len(JACOBIAN_STEPS),
+    }
+
+
+def one_pixel_of_each_entry(png, n):
+    """RGB of the middle of every square of an image of n by n squares."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    side = len(pixels) // n
+    assert pixels.shape == (side * n, side * n, 3)
+    return pixels[side // 2 :: side, side // 2 :: side]
+
+
+# Viridis as Matplotlib prints it at 0, 1/8, … 1; its green never falls.
+GREENS = [1, 44, 81, 113, 145, 173, 201, 220, 231]
+
+
+def test_image_is_the_kernel_of_the_trained_network_in_class_blocks(run):
+    classes = run.probe.targets.tolist()
+    order = sorted(range(len(classes)), key=lambda i: (classes[i], i))
+    full = ntk_by_loop(run.model, run.probe.inputs)  # the weights of the last step
+    kernel = np.array([[full[i, j].trace().item() / 3 for j in order] for i in order])
+    image = run.events.Images("ntk/kernel")[-1]
+    green = one_pixel_of_each_entry(image.encoded_image_string, len(classes))[..., 1]
+
+    position = (kernel - kernel.min()) / (kernel.max() - kernel.min())
+    expected = np.interp(position, np.linspace(0, 1, 9), GREENS)
+    assert np.abs(green - expected).max() <= 2  # rounding, and that of the nine colors
+
+    labels = np.array(classes)[order]
+    same = labels[:, None] == labels[None]
+    assert green[same].min() > green[~same].max()
+
+
+# TensorBoard itself.
+
+
+def wait_for(condition, process, log):
+    """Poll a server that is starting; its answer, or its log if it gives none."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if answer := condition():
+                return answer
+        except OSError:
+            pass  # not listening yet
+        time.sleep(0.2)
+    raise AssertionError(f"TensorBoard did not answer:\n{log.read_text()}")
+
+
+def get(url, **query):
+    with urlopen(f"{url}?{urlencode(query)}" if query else url, timeout=10) as answer:
+        return answer.read()
+
+
+@contextmanager
+def ended(process):
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(run, tmp_path_factory):
+    """Address of a TensorBoard that has read the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [
+        *(sys.executable, "-m", "tensorboard.main", "--logdir", run.folder),
+        *("--load_fast=false", "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with (
+        log.open("w") as output,
+        ended(subprocess.Popen(command, stdout=output, stderr=output)) as process,
+    ):
+        wait_for(
+            # Images are the last thing the last measurement of the kernel writes.
+            lambda: len(images_of(url, "ntk/kernel")) == len(NTK_STEPS),
+            process,
+            log,
+        )
+        yield url
+
+
+def images_of(url, tag):
+    address = f"{url}/data/plugin/images/images"
+    return json.loads(get(address, run=".", tag=tag, sample=0))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "expected"), [("scalars", SCALARS), ("histograms", HISTOGRAMS)]
+)
+def test_tensorboard_serves_every_curve_and_histogram(server, plugin, expected):
+    address = f"{server}/data/plugin/{plugin}"
+    tags = json.loads(get(f"{address}/tags"))["."]
+    assert set(expected) <= set(tags)
+    assert {
+        tag: [
+            step
+            for _, step, _ in json.loads(get(f"{address}/{plugin}", run=".", tag=tag))
+        ]
+        for tag in expected
+    } == expected
+
+
+def test_tensorboard_serves_the_heat_maps(server, run):
+    found = images_of(server, "ntk/kernel")
+    assert [image["step"] for image in found] == NTK_STEPS
+    address = f"{server}/data/plugin/images/individualImage"
+    written = [event.encoded_image_string for event in run.events.Images("ntk/kernel")]
+    assert [get(f"{address}?{image['query']}") for image in found] == written
+
+
+# The browser.
+
+
+def program(variable, *names):
+    """Path of the first program that is installed; an environment variable wins."""
+    return os.environ.get(variable) or next(
+        filter(None, map(shutil.which, names)), None
+    )
+
+
+CHROME = program("CHROME_BIN", "chromium", "chromium-browser", "google-chrome")
+DRIVER = program("CHROMEDRIVER", "chromedriver", "chromium.chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (CHROME and DRIVER):
+        pytest.skip("no Chrome or Chromium with its chromedriver is installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROME
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1600",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-extensions",
+        "--disable-component-update",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+    ):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+# For every card of a page: its tag, and what is drawn in it. Dashboards hide both in
+# nested shadow roots, which selectors alone do not enter.
+CARDS = """
+const [card, drawing] = arguments;
+function* walk(root) {
+  for (const element of root.querySelectorAll("*")) {
+    yield element;
+    if (element.shadowRoot) yield* walk(element.shadowRoot);
+  }
+}
+const size = e => e.getTotalLength?.() ?? e.naturalWidth ?? e;
+return [...walk(document)].filter(e => e.matches(card)).map(e => [
+  e.tag ?? e.querySelector("tb-truncated-path")?.textContent,
+  [...walk(e.shadowRoot ?? e)].filter(e => e.matches(drawing)).map(size),
+]);
+"""
+
+
+def size(drawing):
+    """Length of a path, width of an image; of a canvas how wide its curve is.
+
+    Axes and grid of a chart are gray, the curve is in color. Its width is counted in
+    columns that hold some, because TensorBoard draws a triangle where a value is NaN.
+    """
+    if isinstance(drawing, int | float):
+        return drawing
+    picture = Image.open(io.BytesIO(drawing.screenshot_as_png)).convert("RGB")
+    in_color = np.ptp(np.asarray(picture).astype(int), axis=-1) > 20
+    return int(in_color.any(axis=0).sum())
+
+
+def sizes_drawn(browser, card, drawing):
+    """Tag -> sizes of what its cards show."""
+    found = {}
+    for tag, drawings in browser.execute_script(CARDS, card, drawing):
+        found.setdefault(tag, []).extend(map(size, drawings))
+    return found
+
+
+@pytest.fixture
+def dashboard(browser, server, tmp_path):
+    """Opens a dashboard, filtered by tags, and waits until they are drawn."""
+
+    def show(name, tags):
+        only = urlencode({"tagFilter": f"^({'|'.join(tags)})$"})
+        browser.get("about:blank")  # a change after the # alone would not reload
+        # The older dashboards read the filter after the #, Time Series before it.
+        browser.get(f"{server}/?{only}&smoothing=0#{name}&{only}")
+
+    def wait_until_drawn(card, drawing, expected, at_least):
+        found = {}
+
+        def all_there(_):
+            found.update(sizes_drawn(browser, card, drawing))
+            return all(
+                sum(size >= at_least for size in found.get(tag, [])) >= count
+                for tag, count in expected.items()
+            )
+
+        wait = WebDriverWait(
+            browser, PATIENCE, ignored_exceptions=[StaleElementReferenceException]
+        )
+        try:
+            wait.until(all_there)
+        except TimeoutException:
+            pytest.fail(f"{card}: expected {expected} ≥ {at_least}, drawn is {found}")
+        finally:
+            browser.save_screenshot(tmp_path / f"{card}.png")
+
+    return SimpleNamespace(show=show, wait_until_drawn=wait_until_drawn)
+
+
+CURVES = ("ntk/trace", "params/displacement", "jacobian/log_std")
+ONE_SLICE_PER_STEP = {tag: len(steps) for tag, steps in HISTOGRAMS.items()}
+
+
+def test_time_series_shows_curves_spectra_and_kernel(dashboard):
+    dashboard.show("timeseries", [*CURVES, *HISTOGRAMS, *IMAGES])
+    dashboard.wait_until_drawn(
+        "scalar-card", ".series-view canvas", dict.fromkeys(CURVES, 1), at_least=100
+    )
+    dashboard.wait_until_drawn(
+        "histogram-card", ".histogram path", ONE_SLICE_PER_STEP, at_least=100
+    )
+    dashboard.wait_until_drawn("image-card", "img", {"ntk/kernel": 1}, at_least=256)
+
+
+def test_scalars_dashboard_shows_curves(dashboard):
+    dashboard.show("scalars", CURVES)
+    dashboard.wait_until_drawn(
+        "tf-scalar-card", "path.line", dict.fromkeys(CURVES, 1), at_least=100
+    )
+
+
+def test_histograms_dashboard_shows_spectra(dashboard):
+    dashboard.show("histograms", HISTOGRAMS)
+    dashboard.wait_until_drawn(
+        "tf-histogram-loader", "path.outline", ONE_SLICE_PER_STEP, at_least=100
+    )
+
+
+def test_images_dashboard_shows_the_kernel(dashboard):
+    dashboard.show("images", IMAGES)
+    dashboard.wait_until_drawn(
+        "tf-image-loader", "img", {"ntk/kernel": 1}, at_least=256
+    )
