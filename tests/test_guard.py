@@ -343,14 +343,26 @@ def test_float32_precision_is_full_inside_and_restored(model, precision):
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9"
 )
 def test_precision_of_single_operators_is_restored(model):
-    operators = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [operator.fp32_precision for operator in operators]
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    with quietly(model):
-        assert all(operator.fp32_precision == "ieee" for operator in operators)
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    torch.backends.cudnn.conv.fp32_precision = before[1]
-    assert torch.backends.cuda.matmul.fp32_precision == before[0]
+    backends = torch.backends
+    chosen = {
+        backends.cuda.matmul: "ieee",
+        backends.cudnn.conv: "tf32",
+        backends.cudnn.rnn: "ieee",
+        backends.mkldnn.matmul: "bf16",
+        backends.mkldnn.conv: "none",
+    }
+    before = {operator: operator.fp32_precision for operator in chosen}
+    try:
+        for operator, precision in chosen.items():
+            operator.fp32_precision = precision
+        with quietly(model):
+            inside = {operator.fp32_precision for operator in chosen}
+        after = {operator: operator.fp32_precision for operator in chosen}
+    finally:
+        for operator, precision in before.items():
+            operator.fp32_precision = precision
+    assert inside == {"ieee"}
+    assert after == chosen
 
 
 def test_gradients_are_enabled_and_autocast_is_off_inside(model):

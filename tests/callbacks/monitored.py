@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
 
-PREFIXES = ("ntk/", "ntk_modules/", "params/", "jacobian/")
+PREFIXES = ("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/")
 
 
 class Recorder(Logger):

@@ -125,7 +125,7 @@ def test_tensorboard(tmp_path):
         (event.step, tag): event.value
         for tag in tags["scalars"]
         for event in read.Scalars(tag)
-        if tag.split("/")[0] in ("ntk", "params", "jacobian")
+        if tag.split("/")[0] in ("ntk", "params", "params_tensors", "jacobian")
     }
     for monitor in monitors:
         for step, row in monitor.history:
@@ -200,7 +200,7 @@ def test_tags_are_legal_for_every_logger():
     assert "params_tensors/displacement/net.0.a_b_c.bias" in tags
     assert all(re.fullmatch(r"[A-Za-z0-9_/.-]+", tag) for tag in tags)
     groups = {tag.split("/")[0] for tag in tags}
-    assert groups == {"ntk", "ntk_modules", "params", "jacobian"}
+    assert groups == {"ntk", "ntk_modules", "params", "params_tensors", "jacobian"}
 
 
 # Precision -----------------------------------------------------------------------
@@ -377,7 +377,10 @@ def test_compiled_models(how, backend):
     measured = monitored.recorder.measured()
     assert [*measured] == [0, 1, 2, 3, 4, 5, 6]
     tags = {tag for row in measured.values() for tag in row}
-    assert {"params_tensors/displacement/net.0.weight", "ntk_modules/trace/net.4"} <= tags
+    assert {
+        "params_tensors/displacement/net.0.weight",
+        "ntk_modules/trace/net.4",
+    } <= tags
     assert not any("_orig_mod" in tag for tag in tags)
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 from monitored import Plain, Recorder, fit, loader, same, seeded
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -279,6 +280,23 @@ def test_state_key_does_not_depend_on_the_process():
     }
     assert len(keys) == 1
     assert "0x" not in keys.pop()
+
+
+def test_containers_of_a_configuration_stay_out_of_the_state():
+    """Mode 39: what Hydra passes for lists and mappings is not plain Python."""
+    metrics = OmegaConf.create(["trace", "kernel_velocity"])
+    by = OmegaConf.create({"first": "net.0"})
+
+    def configured():
+        return NTKMonitor(5, 5, metrics=metrics, by=by, on_error="raise")
+
+    run([configured()], max_steps=6).trainer.save_checkpoint("6.ckpt")
+    assert torch.load("6.ckpt", weights_only=True)["callbacks"]
+    recorder = Recorder()
+    run([configured()], recorder, ckpt_path="6.ckpt")
+    assert [*recorder.measured()] == [10, 12]
+    parts = {f"ntk_modules/trace/{part}" for part in ("first", "rest")}
+    assert {*recorder.measured()[10]} == {"ntk/trace", "ntk/kernel_velocity", *parts}
 
 
 def test_checkpoint_without_a_state_takes_references_now():

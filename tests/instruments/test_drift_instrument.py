@@ -83,7 +83,10 @@ def test_scaled_weights():
         "params/displacement": 4,
         "params/path_length": 4,
         "params/cosine_to_init": -1,
-        **{f"params_tensors/displacement/{n}": 4 for n in ("0.weight", "0.bias", "2.weight")},
+        **{
+            f"params_tensors/displacement/{n}": 4
+            for n in ("0.weight", "0.bias", "2.weight")
+        },
     }
     assert found == pytest.approx(expected, **CLOSE)  # no curve for the zero bias
 
@@ -100,7 +103,9 @@ def test_every_tensor():
             continue
         away = np.linalg.norm(parameter.detach().numpy() - before[name])
         expected = away / np.linalg.norm(before[name])
-        assert found[f"params_tensors/displacement/{name}"] == pytest.approx(expected, **CLOSE)
+        assert found[f"params_tensors/displacement/{name}"] == pytest.approx(
+            expected, **CLOSE
+        )
 
 
 def test_tags_do_not_change_during_a_run():

@@ -76,14 +76,14 @@ def test_examples_are_pooled_and_condition_numbers_are_their_median():
         def forward(self, x):
             return self.scale * x**2
 
-    x = np.array([[1.0, 2.0], [1.0, 8.0], [2.0, 10.0]])
+    x = np.array([[1.0, 2.0], [1.0, 8.0], [2.0, 12.0]])
     found = measured(Square(), torch.tensor(x)).scalars
     s = 2 * x
     expected = {
-        "jacobian/singular_value_max": 20.0,
+        "jacobian/singular_value_max": 24.0,
         "jacobian/singular_value_min": 2.0,
         "jacobian/mean_square": (s**2).mean(),
-        "jacobian/condition_number": 5.0,
+        "jacobian/condition_number": 6.0,
         "jacobian/log_std": np.log(s).std(),
     }
     assert found == pytest.approx(expected, **CLOSE)
