@@ -40,3 +40,10 @@ def symmetric(kernel: Kernel) -> Kernel:
     batched = kernel if kernel.ndim == 2 else kernel.permute(2, 0, 1)
     batched = batched.triu() + batched.triu(1).mT
     return batched if kernel.ndim == 2 else batched.permute(1, 2, 0)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The same numbers in float64, on the CPU where the device has no float64."""
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.double()

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Kernel
-from ntk_callbacks.layout import as_matrix
+from ntk_callbacks.layout import as_matrix, widened
 
 
 def max_learning_rate(
@@ -38,7 +38,7 @@ def max_learning_rate(
         Lee et al. 2019, arXiv:1902.06720; Cohen et al. 2021, arXiv:2103.00065
         (momentum).
     """
-    matrix = as_matrix(ntk).double()
+    matrix = widened(as_matrix(ntk))
     if not matrix.isfinite().all():
         return matrix.new_tensor(torch.nan)
     eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_callbacks.layout import widened
+
 
 def kernel_eigenvalues(matrix: Float[Tensor, "m m"]) -> Float[Tensor, " m"]:
     """Eigenvalues λ of a symmetric kernel matrix, the largest first.
@@ -21,7 +23,7 @@ def kernel_eigenvalues(matrix: Float[Tensor, "m m"]) -> Float[Tensor, " m"]:
         >>> kernel_eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         tensor([3., 1.], dtype=torch.float64)
     """
-    wide = _double(matrix)
+    wide = widened(matrix)
     if not wide.isfinite().all():
         return wide.new_full((len(wide),), torch.nan)
     ascending: Tensor = torch.linalg.eigvalsh(wide)
@@ -43,16 +45,9 @@ def singular_values(
         >>> singular_values(torch.diag(torch.tensor([1.0, 3.0])).expand(1, 2, 2))
         tensor([[3., 1.]], dtype=torch.float64)
     """
-    wide = _double(jacobian)
+    wide = widened(jacobian)
     finite = wide.flatten(1).isfinite().all(1)
     values = wide.new_full((len(wide), min(wide.shape[1:])), torch.nan)
     if finite.any():
         values[finite] = torch.linalg.svdvals(wide[finite])
     return values
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none."""
-    if tensor.device.type == "mps":
-        tensor = tensor.cpu()
-    return tensor.double()

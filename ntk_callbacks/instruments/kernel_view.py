@@ -12,7 +12,7 @@ from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.dynamics.stability import learning_rate_limit
 from ntk_callbacks.engine.spectral import kernel_eigenvalues
-from ntk_callbacks.layout import as_matrix
+from ntk_callbacks.layout import as_matrix, widened
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ KernelMetric: TypeAlias = Callable[[KernelView], Tensor | float | None]
 
 
 def _trace(view: KernelView) -> Tensor:
-    return as_matrix(view.ntk).diagonal().double().sum()
+    return widened(as_matrix(view.ntk).diagonal()).sum()
 
 
 def _eigenvalue_max(view: KernelView) -> Tensor:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Params
+from ntk_callbacks.layout import widened
 
 
 def relative_change(
@@ -109,7 +110,7 @@ def cosine_similarity(params: Params, reference: Params) -> Float[Tensor, ""]:
     """
     _check_names(params, reference)
     products = [
-        (value.double() * reference[name].double()).sum()
+        (widened(value) * widened(reference[name])).sum()
         for name, value in params.items()
     ]
     cosine = torch.stack(products).sum() / (norm(params) * norm(reference))
@@ -120,13 +121,16 @@ def distance(params: Params, reference: Params) -> Float[Tensor, ""]:
     """Distance of two weight vectors, ‖θ − θ₀‖₂, in float64."""
     _check_names(params, reference)
     return norm(
-        {name: value.double() - reference[name] for name, value in params.items()}
+        {
+            name: widened(value) - widened(reference[name])
+            for name, value in params.items()
+        }
     )
 
 
 def norm(params: Params) -> Float[Tensor, ""]:
     """Length of a weight vector, ‖θ‖₂, in float64."""
-    squares = [(value.double() ** 2).sum() for value in params.values()]
+    squares = [(widened(value) ** 2).sum() for value in params.values()]
     return torch.stack(squares).sum().sqrt()
 
 
