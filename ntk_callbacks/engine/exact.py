@@ -112,14 +112,19 @@ def _held(
 ) -> Params:
     """Columns of J for all examples, `(n, c, columns)` for each parameter, times √Λ."""
     params = problem.function.params
+    n = batch_size(x)
     held: Params = {}
 
     def keep(rows: slice, part: Params) -> None:
         for name, kept in columns.items():
             whole = part.pop(name).detach()
-            block = whole.reshape(*whole.shape[:2], -1)[:, :, kept]
+            whole = whole.reshape(*whole.shape[:2], -1)
+            block = whole[:, :, kept]
+            if len(block) == n and block.shape == whole.shape:  # nothing to gather
+                held[name] = block
+                continue
             if name not in held:
-                held[name] = block.new_empty(batch_size(x), *block.shape[1:])
+                held[name] = block.new_empty(n, *block.shape[1:])
             held[name][rows] = block
 
     jacobian(problem, x, list(columns), chunk, joint, keep)
@@ -130,7 +135,7 @@ def _held(
                 problem.scaling[name], dtype=like.dtype, device=like.device
             )
             root = scale.sqrt().expand(params[name].shape).reshape(-1)
-            held[name] *= root[kept]
+            held[name] = held[name] * root[kept]
     return held
 
 
