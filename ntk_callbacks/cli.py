@@ -5,6 +5,7 @@ name the key, the value and the valid ones. HYDRA_FULL_ERROR=1 shows the traceba
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
@@ -87,6 +89,9 @@ def main() -> None:
         if traceback == "1":
             raise
         sys.exit(f"ntk-train: {_explain(error)}")
+    except KeyboardInterrupt:  # during training Lightning answers it
+        print("ntk-train: interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
         if traceback is not None:
@@ -231,9 +236,21 @@ def _explain(error: Exception) -> str:
     if isinstance(error, InstantiationException) and cause is not None:
         _, _, path = str(error).rpartition("full_key: ")
         return f"{path}: {cause}" if "full_key: " in str(error) else str(cause)
-    if isinstance(error, InterpolationResolutionError) and cause is not None:
-        return str(cause)
+    if isinstance(error, InterpolationResolutionError):
+        return _explain_interpolation(error)
     return str(error)
+
+
+def _explain_interpolation(error: OmegaConfBaseException) -> str:
+    """The sentence of our resolver, or that of OmegaConf without its own terms."""
+    inner: BaseException | None = error
+    while isinstance(inner, OmegaConfBaseException):
+        inner = inner.__cause__ or inner.__context__
+    if isinstance(inner, ValueError | OSError):
+        return str(inner)
+    sentence = str(error).partition("\n    full_key: ")[0]
+    sentence = sentence.rpartition("raised while resolving interpolation: ")[2]
+    return f"{error.full_key}: {sentence}" if error.full_key else sentence
 
 
 def _explain_key(error: ConfigKeyError | ConfigAttributeError) -> str:
@@ -248,9 +265,19 @@ def _explain_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     elif "_target_" in node:
         names = argument_names(get_object(node["_target_"]))
         if key in names:
-            return f"{path} does not set {key} by default, write +{error.full_key}=…"
+            wrong = wrong_arguments(get_object(node["_target_"]), _overrides(path, key))
+            unset = f"{path} does not set {key} by default, write +{error.full_key}=…"
+            return " Also, ".join([unset, *wrong])
         valid += [name for name in names if name not in valid]
     return f"{error.full_key} does not exist{choices(key, valid)}"
+
+
+def _overrides(path: str, key: str) -> dict[str, Any]:
+    """What the command line says for a key; empty if nothing, or a sweep."""
+    words = [word for word in sys.argv[1:] if word.startswith(f"{path}.{key}=")]
+    found = OverridesParser.create().parse_overrides(words)
+    values = [word.value() for word in found if not word.is_sweep_override()]
+    return {key: values[-1]} if values else {}
 
 
 if __name__ == "__main__":

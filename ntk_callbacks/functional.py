@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -30,13 +32,13 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str
         At least one name.
 
     Raises:
-        ValueError: If nothing is selected.
+        ValueError: If `parameters` is none of these, or nothing is selected.
     """
     named = dict(model.named_parameters())
     if callable(parameters):
         names = [name for name, tensor in named.items() if parameters(name, tensor)]
     else:
-        pattern = re.compile(parameters or "")
+        pattern = compiled("parameters", "" if parameters is None else parameters)
         names = [
             name
             for name, tensor in named.items()
@@ -53,6 +55,23 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str
     return names
 
 
+def compiled(argument: str, value: object) -> re.Pattern[str]:
+    """The regular expression of an argument; a ValueError names both if it is none."""
+    try:
+        if isinstance(value, str | re.Pattern):
+            return re.compile(value)
+        reason = f"expected a text, not a {type(value).__name__}"
+    except re.error as error:
+        reason = str(error)
+    raise ValueError(f"{argument}={value!r} is no regular expression: {reason}.")
+
+
+def check_output_fn(output_fn: object) -> None:
+    """Raises a ValueError if `output_fn` is neither None nor callable."""
+    if not (output_fn is None or callable(output_fn)):
+        raise ValueError("output_fn must be callable (model, x) -> (n, ...).")
+
+
 class ModelFunction:
     """A module as a pure function f(params, x) -> (n, c).
 
@@ -65,21 +84,16 @@ class ModelFunction:
         parameters: Which parameters are differentiated; see `select_parameters`.
         pseudo: Replace the c outputs by their sum divided by √c.
 
+    Attributes:
+        params: The parameters to differentiate, detached.
+        fixed: All other parameters, detached.
+        trained: Names of the parameters with `requires_grad`, measured or not.
+        originals: `id` of each parameter of the model -> its name.
+
     Raises:
+        ValueError: If `parameters` or `output_fn` is not understood.
         UnsupportedModelError: If parameters are complex, lazy or sharded.
     """
-
-    params: Params
-    """The parameters to differentiate, detached."""
-
-    fixed: Params
-    """All other parameters, detached."""
-
-    trained: set[str]
-    """Names of the parameters with `requires_grad`, measured or not."""
-
-    originals: dict[int, str]
-    """`id` of each parameter of the model -> its name."""
 
     def __init__(
         self,
@@ -89,20 +103,17 @@ class ModelFunction:
         parameters: ParameterFilter = None,
         pseudo: bool = False,
     ) -> None:
+        check_output_fn(output_fn)
         _refuse_unmeasurable(model)
         named = dict(model.named_parameters())
         self.trained = {name for name, tensor in named.items() if tensor.requires_grad}
         self.originals = {id(tensor): name for name, tensor in named.items()}
         selected = set(select_parameters(model, parameters))
-        tensors = {
-            name: _full_precision(tensor.detach()) for name, tensor in named.items()
-        }
-        self.params = {k: v for k, v in tensors.items() if k in selected}
-        self.fixed = {k: v for k, v in tensors.items() if k not in selected}
-        self._buffers = {
-            name: _full_precision(buffer.detach())
-            for name, buffer in model.named_buffers()
-        }
+        tensors = {k: _full_precision(v.detach()) for k, v in named.items()}
+        self.params: Params = {k: v for k, v in tensors.items() if k in selected}
+        self.fixed: Params = {k: v for k, v in tensors.items() if k not in selected}
+        buffers = dict(model.named_buffers())
+        self._buffers = {k: _full_precision(v.detach()) for k, v in buffers.items()}
         self._outputs = _Outputs(model, output_fn or call_model, pseudo)
         self.dtype = _common_dtype(tensors.values())
         self.device = next(iter(self.params.values())).device
@@ -209,7 +220,9 @@ def _single_tensor(result: Any, who: str) -> Tensor:
     elif isinstance(result, tuple | list):
         entries = {str(index): value for index, value in enumerate(result)}
     else:
-        entries = dict(vars(result)) if hasattr(result, "__dict__") else {}
+        entries = dict(getattr(result, "__dict__", {}))
+        named = fields(result) if is_dataclass(result) else ()  # may have slots
+        entries |= {field.name: getattr(result, field.name, None) for field in named}
     tensors = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
     if "logits" in tensors:
         return tensors["logits"]
@@ -281,8 +294,5 @@ def _full_precision(tensor: Tensor) -> Tensor:
 
 
 def _common_dtype(tensors: Any) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    floating = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return reduce(torch.promote_types, floating, torch.float32)

@@ -2,17 +2,16 @@
 
 import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from ntk_callbacks._types import Mode
 from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.snapshot import Snapshot
 
 # In "train" mode these stay in evaluation mode: the kernel is that of the mean network.
 _STOCHASTIC = (
@@ -27,16 +26,16 @@ _STOCHASTIC = (
 def quietly(module: nn.Module) -> Iterator[None]:
     """Run a measurement on `module` and put everything back, on exceptions too.
 
-    Restored bit for bit: parameters, buffers and tensors kept as plain attributes;
-    `.grad` (hidden inside, so that a `backward` cannot add to a half-accumulated
-    gradient); `requires_grad`; the `training` flag of every submodule; hooks and other
-    attributes of every submodule; the generators of Python, NumPy, torch and the
-    module's devices; default dtype and backend flags. Inside, gradients are enabled,
-    autocast and inference mode are off, and float32 products are taken in float32: TF32
-    and other shortened formats are off.
+    Restored bit for bit: parameters and buffers; `.grad` (hidden inside, so that a
+    `backward` cannot add to a half-accumulated gradient); `requires_grad`; the
+    `training` flag, hooks and other attributes of every submodule, with the tensors,
+    arrays, random generators, containers and dataclasses that they hold; the global
+    generators of Python, NumPy, torch and the module's devices; default dtype and
+    backend flags. Inside, gradients are enabled, autocast and inference mode are off,
+    and float32 products are taken in float32: TF32 and other shortened formats are off.
 
-    Not restored: what user code keeps outside the module (files, global lists), and
-    what lies in containers inside the lists and dicts of its attributes.
+    Not restored: what the module's code keeps elsewhere (files, global variables), and
+    what objects of other classes that it holds keep to themselves (iterators, files).
     Costs one copy of the parameters and buffers while it is open.
 
     Args:
@@ -59,7 +58,7 @@ def quietly(module: nn.Module) -> Iterator[None]:
         stack.enter_context(isolated_rng(devices))
         stack.enter_context(_flags_kept())
         stack.enter_context(torch.inference_mode(False))
-        snapshot = _Snapshot(module)
+        snapshot = Snapshot(module)
         stack.callback(snapshot.restore)
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu"} | {device.type for device in devices}:
@@ -87,6 +86,9 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
         UnsupportedModelError: If SyncBatchNorm would wait for other processes.
     """
     with quietly(model), torch.compiler.set_stance("force_eager"):
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN differentiates recurrent layers in training mode only.
+            torch.backends.cudnn.enabled = False
         if mode == "eval":
             model.eval()
         else:
@@ -157,14 +159,14 @@ def _flags_kept() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn
-    benchmark, cudnn_deterministic = cudnn.benchmark, cudnn.deterministic
+    cudnn_flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
     try:
         with _ieee_float32():
             yield
     finally:
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        cudnn.benchmark, cudnn.deterministic = benchmark, cudnn_deterministic
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = cudnn_flags
 
 
 @contextmanager
@@ -202,95 +204,3 @@ def _read(switch: Callable[[], Any]) -> Any:
         return switch()
     except RuntimeError:  # contradicts the newer switches; those decide
         return None
-
-
-class _Snapshot:
-    """Everything of a module tree that a measurement could change."""
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._training = [(part, part.training) for part in modules]
-        self._attributes = [(part, dict(vars(part))) for part in modules]
-        plain = [v for _, attributes in self._attributes for v in attributes.values()]
-        self._containers = [
-            (value, value.copy())
-            for value in plain
-            if isinstance(value, dict | list | set | deque)
-        ]
-        tensors = [
-            *(*module.parameters(), *module.buffers()),
-            *(value for value in plain if isinstance(value, Tensor)),
-        ]
-        tensors = list({id(tensor): tensor for tensor in tensors}.values())
-        self._gradients = [
-            (tensor, tensor.requires_grad, tensor.grad)
-            for tensor in tensors
-            if tensor.is_leaf
-        ]
-        kept = [
-            tensor
-            for tensor in tensors
-            # Comparing a sharded tensor would wait for other processes; measurements
-            # refuse them. Sparse ones cannot be compared.
-            if not is_lazy(tensor)
-            and "DTensor" not in type(tensor).__name__
-            and tensor.layout == torch.strided
-        ]
-        self._tensors = [
-            (tensor, tensor.data, tensor.detach().clone()) for tensor in kept
-        ]
-        for tensor, _, _ in self._gradients:
-            tensor.grad = None
-
-    def restore(self) -> None:
-        for part, attributes in self._attributes:
-            current = vars(part)
-            for name in current.keys() - attributes.keys():
-                del current[name]
-            for name, value in attributes.items():
-                if current.get(name, _ABSENT) is not value:
-                    current[name] = value
-        for container, contents in self._containers:
-            _refill(container, contents)
-        for part, training in self._training:
-            if part.training != training:
-                part.training = training
-        for tensor, storage, saved in self._tensors:
-            if _layout(tensor) != _layout(storage):
-                tensor.data = storage
-            # Through `.data`, so that a graph the user still holds stays valid.
-            if not saved.is_meta and not torch.equal(storage, saved):
-                storage.copy_(saved)
-        for tensor, requires_grad, grad in self._gradients:
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
-
-
-_ABSENT = object()
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _refill(container: Any, contents: Any) -> None:
-    """Give a container its former contents without replacing the object."""
-    if len(container) == len(contents) and all(
-        new is old for new, old in zip(_items(container), _items(contents), strict=True)
-    ):
-        return
-    container.clear()
-    if hasattr(container, "extend"):
-        container.extend(contents)
-    else:
-        container.update(contents)
-
-
-def _items(container: Any) -> Iterator[Any]:
-    if isinstance(container, dict):
-        for key, value in container.items():
-            yield key
-            yield value
-    else:
-        yield from container

@@ -17,6 +17,9 @@ def as_matrix(ntk: Kernel) -> Float[Tensor, "rows columns"]:
     Returns:
         Matrix (n1·c)×(n2·c); entry (i·c + k, j·c + l) is Θ[i, j, k, l].
 
+    Raises:
+        ValueError: If the shape is none of these.
+
     Example:
         >>> as_matrix(torch.eye(2).expand(3, 3, 2, 2)).shape
         torch.Size([6, 6])
@@ -25,6 +28,11 @@ def as_matrix(ntk: Kernel) -> Float[Tensor, "rows columns"]:
         return ntk
     if ntk.ndim == 3:
         ntk = torch.diag_embed(ntk)
+    if ntk.ndim != 4 or ntk.shape[2] != ntk.shape[3]:
+        raise ValueError(
+            f"as_matrix: a kernel of shape {tuple(ntk.shape)}; expected "
+            "(n1, n2, c, c), (n1, n2, c) or (n1, n2)."
+        )
     n1, n2, c, _ = ntk.shape
     return ntk.transpose(1, 2).reshape(n1 * c, n2 * c)
 

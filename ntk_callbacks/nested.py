@@ -1,28 +1,42 @@
 """Batches that are tensors, or nested tuples, lists and mappings of tensors.
 
 Every tensor of a batch has the examples along its first axis. Whatever is not a tensor
-(a flag, None) belongs to all examples and passes through unchanged.
+(a flag, None) belongs to all examples and passes through unchanged. A `PackedSequence`
+is no container here: its tensors run over time steps, not examples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ntk_callbacks._types import Inputs
 
 
 def leaves(x: Any) -> list[Tensor]:
     """The tensors of a batch, in the order of its structure."""
-    found: list[Tensor] = []
-    map_tensors(found.append, x)
-    return found
+    return [part for part in parts(x) if isinstance(part, Tensor)]
+
+
+def parts(x: Any) -> Iterator[Any]:
+    """What the containers of a batch hold, tensors or not, in the order of `leaves`."""
+    if isinstance(x, Mapping):
+        for value in x.values():
+            yield from parts(value)
+    elif isinstance(x, tuple | list) and not isinstance(x, PackedSequence):
+        for value in x:
+            yield from parts(value)
+    else:
+        yield x
 
 
 def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
     """A batch of the same structure with `function` applied to every tensor."""
     if isinstance(x, Tensor):
         return function(x)
+    if isinstance(x, PackedSequence):
+        return x
     if isinstance(x, Mapping):
         return {key: map_tensors(function, value) for key, value in x.items()}
     if isinstance(x, tuple) and hasattr(x, "_fields"):  # a named tuple
@@ -48,8 +62,15 @@ def batch_size(x: Inputs) -> int:
         The common leading dimension n of its tensors.
 
     Raises:
-        ValueError: If the batch holds no tensor, or its tensors disagree about n.
+        ValueError: If the batch holds no tensor, its tensors disagree about n, or one
+            is packed.
     """
+    if any(isinstance(part, PackedSequence) for part in parts(x)):
+        raise ValueError(
+            "a PackedSequence cannot be split into examples; pass the padded tensor "
+            "and the lengths as inputs, (padded, lengths), and an `output_fn` that "
+            "packs them"
+        )
     tensors = leaves(x)
     if not tensors:
         raise ValueError(

@@ -1,34 +1,32 @@
 """Probe: the fixed examples a run is measured on, and how to draw them from data."""
 
-import copy
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import default_collate
 
 from ntk_callbacks._types import Inputs
+from ntk_callbacks.drawing import indices_of, samples, undisturbed
 from ntk_callbacks.errors import ProbeError
-from ntk_callbacks.guard import isolated_rng
-from ntk_callbacks.nested import batch_size, leaves, map_tensors
+from ntk_callbacks.nested import batch_size, leaves, map_tensors, parts
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "features", "data")
-_MOST_TRANSFORMS = 1000  # longer containers hold the data
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """Fixed inputs, and optionally targets, that every measurement of a run uses.
+
+    A probe equals only itself; compare the `digest` of two to compare their examples.
 
     Args:
         inputs: A tensor `(n, ...)`, or a nested tuple, list or mapping of tensors with
@@ -37,8 +35,9 @@ class Probe:
         targets: Class indices `(n,)`, or real targets `(n, ...)`; None if unknown.
 
     Raises:
-        ProbeError: If there is no example, the tensors disagree about n, or an input is
-            not finite.
+        ProbeError: If there is no example, the tensors disagree about n, an array or a
+            `PackedSequence` stands where a tensor should, or an input is NaN.
+            Infinite inputs are allowed: attention masks use −∞.
 
     Example:
         >>> probe = Probe(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
@@ -50,6 +49,7 @@ class Probe:
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _refuse_arrays(self.inputs, self.targets)
         try:
             n = batch_size(self.inputs)
         except ValueError as error:
@@ -62,10 +62,10 @@ class Probe:
                 f"Probe: {n} inputs but {count} targets; give one target to each input."
             )
         for tensor in leaves(self.inputs):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and tensor.isnan().any():
                 raise ProbeError(
-                    "Probe: the inputs hold NaN or infinite values; every measurement "
-                    "on them would be NaN. Clean them first."
+                    "Probe: the inputs hold NaN; every measurement on them would be "
+                    "NaN. Clean them first."
                 )
 
     @property
@@ -90,16 +90,22 @@ class Probe:
     ) -> "Probe":
         """Draw n examples from a loader's data set.
 
-        The loader is not iterated: neither it, its sampler nor any generator notices.
-        Examples go through the loader's own `collate_fn`.
+        The loader is not iterated: neither it, its sampler nor any generator notices,
+        and attributes of the data set (counters, open files) are put back. Examples
+        go through the loader's own `collate_fn`. If its sampler has `indices`, as a
+        `SubsetRandomSampler` has, they come from those.
+
+        Of a mapping, an obvious key such as `x` or `image` is the input if no other
+        tensor but the targets is in it; else all of those are keywords of the model.
 
         Args:
             loader: A `DataLoader`, or anything with a `dataset` (and `collate_fn`).
             n: Number of examples.
             balanced: Take equally many of each class (up to one more for some), the
                 classes one after the other. Reads every example once.
-            seed: Which examples; None takes the first n in the order of the data set.
-                A data set without `len` always gives its first n.
+            seed: Which examples; None takes the first n in the order of the data set,
+                or of the sampler's `indices`. A data set without `len` always gives
+                its first n.
 
         Returns:
             A probe on the CPU.
@@ -129,11 +135,12 @@ class Probe:
             )
         collate = getattr(loader, "collate_fn", None) or default_collate
         # With a seed, so that random transforms give the same probe again.
-        with isolated_rng(seed=seed or 0), _own_generators_kept(loader.dataset):
-            samples = _samples(loader.dataset, seed, limited=None if balanced else n)
+        with undisturbed(loader.dataset, seed=seed or 0):
+            limited = None if balanced else n
+            found = samples(loader.dataset, seed, limited, indices_of(loader))
             if balanced:
-                return cls._balanced(samples, n, collate)
-            drawn = list(islice(samples, n))
+                return cls._balanced(found, n, collate)
+            drawn = list(islice(found, n))
             if len(drawn) < n:
                 raise ProbeError(
                     f"Probe.from_loader: the data hold {len(drawn)} examples, fewer "
@@ -142,10 +149,10 @@ class Probe:
             return cls._from_batch(collate(drawn))
 
     @classmethod
-    def _balanced(cls, samples: Iterator[Any], n: int, collate: Any) -> "Probe":
+    def _balanced(cls, found: Iterator[Any], n: int, collate: Any) -> "Probe":
         """Equal shares of the classes, each the first examples of its class."""
         by_class: dict[int, list[Any]] = {}
-        for sample in samples:
+        for sample in found:
             target = cls._from_batch(collate([sample])).targets
             if target is None or target.is_floating_point() or target.numel() != 1:
                 raise ProbeError(
@@ -173,7 +180,7 @@ class Probe:
     @classmethod
     def _from_batch(cls, batch: Any) -> "Probe":
         """Split a batch as loaders give it into inputs and targets."""
-        if isinstance(batch, Tensor):
+        if isinstance(batch, Tensor | PackedSequence):
             return cls(batch)
         if isinstance(batch, Mapping):
             return cls._from_mapping(batch)
@@ -186,21 +193,23 @@ class Probe:
         raise ProbeError(
             f"Probe: cannot tell inputs from targets in a batch that is a "
             f"{type(batch).__name__}{size}; expected (x, y), a tensor, or a mapping. "
-            "Build the probe yourself: Probe(inputs, targets)."
+            "Build the probe yourself: Probe(inputs, targets). A tuple of inputs "
+            "becomes the positional arguments of the model: Probe((x, lengths), y)."
         )
 
     @classmethod
     def _from_mapping(cls, batch: Mapping[str, Any]) -> "Probe":
         targets = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
         targets = targets if isinstance(targets, Tensor) else None
-        for key in _INPUT_KEYS:
-            if key in batch:
-                return cls(batch[key], targets)
         inputs = {
             key: value
             for key, value in batch.items()
-            if isinstance(value, Tensor) and key not in _TARGET_KEYS
+            if key not in _TARGET_KEYS
+            and any(isinstance(part, Tensor | PackedSequence) for part in parts(value))
         }
+        obvious = next((key for key in _INPUT_KEYS if key in batch), None)
+        if obvious is not None and inputs.keys() <= {obvious}:
+            return cls(batch[obvious], targets)
         if not inputs:
             raise ProbeError(
                 f"Probe: no input among the batch keys {sorted(batch)}; expected one "
@@ -252,49 +261,23 @@ class Probe:
         return probe
 
 
-@contextmanager
-def _own_generators_kept(dataset: Any) -> Iterator[None]:
-    """Restore the generators that a data set or its transforms keep for themselves."""
-    restore: list[Callable[[], Any]] = []
-    waiting, seen = [dataset], set[int]()
-    while waiting:
-        if id(value := waiting.pop()) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, random.Random):
-            restore.append(partial(value.setstate, value.getstate()))
-        elif (
-            isinstance(value, torch.Generator) or type(value).__name__ == "RandomState"
-        ):
-            restore.append(partial(value.set_state, value.get_state()))
-        elif hasattr(value, "bit_generator"):  # of NumPy
-            state = value.bit_generator.state
-            restore.append(partial(setattr, value.bit_generator, "state", state))
-        elif isinstance(value, dict | list | tuple):
-            if len(value) <= _MOST_TRANSFORMS:
-                waiting.extend(value.values() if isinstance(value, dict) else value)
-        elif not isinstance(value, ModuleType | Tensor | type):
-            waiting.extend(getattr(value, "__dict__", {}).values())
-    try:
-        yield
-    finally:
-        for undo in restore:
-            undo()
-
-
-def _samples(dataset: Any, seed: int | None, limited: int | None) -> Iterator[Any]:
-    """Examples of a data set one by one, without moving any state of it."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        try:
-            stream = copy.deepcopy(dataset)
-        except Exception as error:  # whatever the parts of a stream raise
+def _refuse_arrays(inputs: Any, targets: Any) -> None:
+    """Tell what to do about arrays and lists of numbers, which are no tensors."""
+    for part in parts(inputs):
+        if not isinstance(part, Tensor) and getattr(part, "ndim", None):
             raise ProbeError(
-                f"Probe.from_loader: the stream cannot be copied ({error}); reading it "
-                "would consume it. Build the probe yourself: Probe(inputs, targets)."
-            ) from error
-        yield from stream
-        return
-    generator = torch.Generator().manual_seed(seed or 0)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    for index in islice(order if seed is not None else range(len(order)), limited):
-        yield dataset[index]
+                f"Probe: the inputs hold a {type(part).__name__}, not a tensor; pass "
+                "torch.as_tensor(...) of it."
+            )
+    if isinstance(inputs, list | tuple) and all(
+        isinstance(part, int | float) for part in parts(inputs)
+    ):
+        raise ProbeError(
+            f"Probe: the inputs are a {type(inputs).__name__} of numbers, not a "
+            "tensor; pass torch.as_tensor(inputs)."
+        )
+    if targets is not None and not isinstance(targets, Tensor):
+        raise ProbeError(
+            f"Probe: the targets are a {type(targets).__name__}, not a tensor; pass "
+            "torch.as_tensor(targets)."
+        )

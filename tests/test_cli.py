@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -126,6 +127,12 @@ def test_help_lists_groups_and_describes_every_experiment(ntk_train, capsys):
             r"ckpt=last: no run of 'mlp' has .*looked for .*outputs/mlp/\*",
         ),
         (["ckpt=a/b.ckpt"], "ckpt: .*a/b.ckpt is not a file"),
+        (["ckpt=nope"], "ckpt: .*nope is not a file"),
+        (["name=${oc.env:NOT_SET}"], "Environment variable 'NOT_SET' not found"),
+        (
+            ["callbacks=ntk", "callbacks.ntk.outputs=foo"],
+            r"write \+callbacks.ntk.outputs=….*outputs is 'foo', expected one of full",
+        ),
         (["data=mnist", "data.download=false"], "Put the unpacked files .*`data.root="),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -134,6 +141,7 @@ def test_a_mistake_ends_in_a_line_that_names_it(ntk_train, words, message):
     with pytest.raises(SystemExit, match=f"(?s)^ntk-train: .*{message}") as stop:
         ntk_train(*TINY, *words)
     assert str(stop.value).count("\n") < 3
+    assert not re.search("object_type|full_key|raised while", str(stop.value))
     assert not list(Path().glob("outputs/*/*/events*"))
 
 
@@ -281,6 +289,33 @@ def test_a_run_interrupted_at_once_has_nothing_to_resume(ntk_train, capsys):
     with pytest.raises(SystemExit):
         ntk_train(*TINY, stop)
     assert "nothing to resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["run_directory", "build"])  # composing, importing
+def test_ctrl_c_before_training_ends_in_one_line(ntk_train, part, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ntk_callbacks.cli.{part}", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        ntk_train(*TINY)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "ntk-train: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ckpt=last"], "ckpt=last: no run of 'mlp'"),
+        (["ckpt=nope"], "ckpt: "),
+    ],
+    ids=["last", "nope"],
+)
+def test_our_own_sentence_is_told_without_hydras_words(ntk_train, words, sentence):
+    with pytest.raises(SystemExit) as stop:
+        ntk_train(*TINY, *words)
+    assert str(stop.value).startswith(f"ntk-train: {sentence}")
+    assert "\n" not in str(stop.value)
 
 
 def test_ckpt_last_is_the_newest_run_of_that_name(ntk_train):

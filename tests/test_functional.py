@@ -1,6 +1,8 @@
 """The pure function behind every measurement, and the batches it takes."""
 
-from collections import namedtuple
+import inspect
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -136,6 +138,20 @@ def test_expressions_select_among_what_is_trained():
     assert "0.weight" in select_parameters(model, lambda name, p: True)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ("[", r"^parameters='\[' is no regular expression: unterminated character set"),
+        (["w"], r"^parameters=\['w'\] .*expected a text, not a list"),
+        ([], r"^parameters=\[\] .*expected a text, not a list"),
+        (0, r"^parameters=0 .*expected a text, not a int"),
+    ],
+)
+def test_what_selects_no_parameters(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(select_parameters)(mlp(), parameters)
+
+
 def test_nothing_selected():
     with pytest.raises(ValueError, match=r"parameters='norm'.*0\.weight, 0\.bias"):
         select_parameters(mlp(), "norm")
@@ -160,6 +176,52 @@ def test_hooks_of_the_model_run():
     assert torch.equal(
         call_model(model, x), 2 * nn.functional.linear(x, *model.parameters())
     )
+
+
+@dataclass(slots=True)
+class SlottedOutput:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+    unset: torch.Tensor = field(init=False)
+
+
+@dataclass
+class OpenOutput:
+    scores: torch.Tensor
+    loss: None = None
+
+
+class MappingOutput(OrderedDict):
+    """As in transformers: a mapping that leaves out what is None."""
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        SlottedOutput,
+        lambda y: SlottedOutput(y, y**2),
+        OpenOutput,
+        lambda y: MappingOutput(logits=y, hidden=y**2),
+    ],
+    ids=["slots", "slots_logits", "dataclass", "mapping"],
+)
+def test_records_stand_for_their_tensor(wrap):
+    model, x = nn.Linear(2, 2), torch.randn(3, 2)
+    wrapped = Computed(lambda self, x: wrap(self.body(x)), body=model)
+    assert torch.equal(call_model(wrapped, x), model(x))
+
+
+def test_a_record_of_many_tensors_is_told_by_its_fields():
+    @dataclass(slots=True)
+    class Two:
+        a: torch.Tensor
+        b: torch.Tensor
+
+    model = Computed(lambda self, x: Two(x, x))
+    with pytest.raises(
+        UnsupportedModelError, match=r"Two with 2 tensors \(a: \(3,\), b"
+    ):
+        call_model(model, torch.zeros(3))
 
 
 def test_a_model_without_forward():

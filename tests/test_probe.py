@@ -1,7 +1,9 @@
 """Drawing a probe disturbs nothing, and a probe is what it says it is."""
 
 # ruff: noqa: NPY002 (the legacy generator of NumPy is what data sets draw from)
+import pickle
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,12 +11,18 @@ from collections import Counter
 import numpy.random
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
+    Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -144,6 +152,155 @@ def test_a_draw_in_the_middle_of_an_epoch_does_not_disturb_it():
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
+class Lazy(Dataset):
+    """Opens its file on first use, as readers of HDF5 or LMDB do; counts its reads."""
+
+    def __init__(self, path, fails_at=None):
+        self.path, self.fails_at = path, fails_at
+        self.file, self.more, self.reads = None, {}, 0
+        self.log, self.seen = [], set()
+        self.counts = Counter({-1: 1})
+        self.opened = opened = []
+        self.open = lambda: opened.append(open(path)) or opened[-1]  # noqa: SIM115, PTH123
+
+    def __getstate__(self):
+        return {**vars(self), "open": None, "opened": None}
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == self.fails_at:
+            raise KeyError("unreadable")
+        if self.file is None:
+            self.file = self.open()
+            self.more["again"] = self.open()
+            self.parts = [self.open()]
+            self.backend = sys  # with a `close` or not, a module is not ours
+        self.reads += 1
+        self.log.append(index)
+        self.seen.add(index)
+        self.counts[index] += 1
+        return torch.tensor([float(index)]), index % 2
+
+
+class Wrapper:
+    """Of a user; not even a `Dataset`, and it knows its child, which knows it."""
+
+    def __init__(self, dataset):
+        self.dataset, self.reads = dataset, 0
+        dataset.parent = self
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self.dataset[index]
+
+
+WRAPPERS = {
+    "bare": lambda inner: inner,
+    "subset": lambda inner: Subset(inner, range(7)),
+    "concatenated": lambda inner: ConcatDataset([Subset(inner, range(7)), inner]),
+    "of a user": Wrapper,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("data")
+    return path
+
+
+@pytest.mark.parametrize("fails_at", [None, 5])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_state_of_the_data_set_is_put_back(path, wrap, balanced, fails_at):
+    inner = Lazy(path, fails_at)
+    dataset = wrap(inner)
+    opened, containers = inner.opened, (inner.more, inner.log, inner.seen, inner.counts)
+    before = set(vars(inner))
+    loader = DataLoader(dataset)
+    if fails_at is None:
+        assert Probe.from_loader(loader, 6, balanced=balanced).n == 6
+    else:
+        with pytest.raises(KeyError, match="unreadable"):
+            Probe.from_loader(loader, len(dataset), balanced=balanced)
+    assert vars(inner).keys() == before
+    assert inner.file is None
+    assert inner.reads == getattr(dataset, "reads", 0) == 0
+    assert inner.more == {}
+    assert inner.log == []
+    assert inner.seen == set()
+    assert inner.counts == {-1: 1}
+    after = (inner.more, inner.log, inner.seen, inner.counts)
+    assert all(a is b for a, b in zip(after, containers, strict=True))
+    pickle.dumps(dataset)
+    assert inner.opened == []
+    assert opened is inner.opened
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_opened_for_the_probe_is_closed_and_nothing_else(path, fails):
+    opened = []
+
+    class Reader(Dataset):
+        def __init__(self):
+            self.old, self.file, self.current = path.open(), None, None
+            self.shards, self.files = [path.open()], {}
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if self.file is None:
+                opened.extend(path.open() for _ in range(3))
+                self.file, self.files["a"] = opened[:2]
+                self.both = (opened[2], 1)
+            self.current = self.shards[0]
+            self.replaced, self.old = self.old, None
+            if fails:
+                raise KeyError("unreadable")
+            self.old = self.replaced
+            return torch.tensor([float(index)])
+
+    dataset = Reader()
+    old, shard = dataset.old, dataset.shards[0]
+    if fails:
+        with pytest.raises(KeyError):
+            Probe.from_loader(DataLoader(dataset), 2)
+    else:
+        Probe.from_loader(DataLoader(dataset), 2)
+    assert [file.closed for file in opened] == [True, True, True]
+    assert dataset.old is old
+    assert not old.closed
+    assert dataset.shards == [shard]
+    assert not shard.closed
+    assert dataset.file is dataset.current is None
+    old.close()
+    shard.close()
+
+
+def test_a_handle_that_cannot_be_closed_is_let_go():
+    class Stubborn:
+        def close(self):
+            raise BufferError("in use")
+
+    class Reader(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            self.file = Stubborn()
+            return torch.tensor([float(index)])
+
+    dataset = Reader()
+    assert Probe.from_loader(DataLoader(dataset), 2).n == 2
+    assert vars(dataset) == {}
+
+
 # What is drawn.
 
 
@@ -170,6 +327,55 @@ def test_examples_are_drawn_without_repetition():
     assert not torch.equal(probe.inputs, inputs)
     assert torch.equal(probe.inputs.sort(0).values, inputs)
     assert torch.equal(probe.inputs, probe.targets)
+
+
+def index_loaders():
+    dataset = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 2)
+    chosen = [11, 3, 8, 17, 6, 3, 4]
+    subset = SubsetRandomSampler(chosen, torch.Generator().manual_seed(1))
+    of_tensor = SubsetRandomSampler(torch.tensor(chosen))
+    shared = DistributedSamplerWrapper(subset, num_replicas=2, rank=0)
+    return {
+        "subset": DataLoader(dataset, 2, sampler=subset),
+        "tensor": DataLoader(dataset, 2, sampler=of_tensor),
+        "batches": DataLoader(dataset, batch_sampler=BatchSampler(subset, 2, False)),
+        "several processes": DataLoader(dataset, 2, sampler=shared),
+    }
+
+
+@pytest.mark.parametrize("name", index_loaders())
+def test_only_the_indices_of_the_sampler_are_drawn(name):
+    loader = index_loaders()[name]
+    first = Probe.from_loader(loader, 3, seed=None)
+    assert first.inputs[:, 0].tolist() == [11, 3, 8]
+    every = Probe.from_loader(loader, 6)
+    assert sorted(every.inputs[:, 0].tolist()) == [3, 4, 6, 8, 11, 17]
+    halves = Probe.from_loader(loader, 6, balanced=True)
+    assert sorted(halves.inputs[:, 0].tolist()) == [3, 4, 6, 8, 11, 17]
+    with pytest.raises(ProbeError, match="hold 6 examples"):
+        Probe.from_loader(loader, 7)
+
+
+def test_the_sampler_with_indices_does_not_notice():
+    seen = []
+    for drawn in (False, True):
+        torch.manual_seed(0)
+        loader = index_loaders()["subset"]
+        if drawn:
+            Probe.from_loader(loader, 3)
+        seen.append([x.tolist() for x, _ in loader])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    "indices", [iter([1, 2]), {0: [1, 2]}, [[1, 2], [3]], ["a"], lambda: [1], None]
+)
+def test_indices_that_are_something_else_are_left_alone(indices):
+    sampler = RandomSampler(range(20))
+    sampler.indices = indices
+    assert Probe.from_loader(DataLoader(data(), sampler=sampler), 20).n == 20
+    if hasattr(indices, "__next__"):
+        assert next(indices) == 1
 
 
 def test_without_a_seed_the_first_examples_are_taken_in_order():
@@ -256,7 +462,7 @@ def test_loaders_that_cannot_be_drawn_from():
     with pytest.raises(ProbeError, match="batch_size=None"):
         Probe.from_loader(DataLoader(data(), batch_size=None), 2)
     triples = TensorDataset(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4))
-    with pytest.raises(ProbeError, match="a list of 3"):
+    with pytest.raises(ProbeError, match=r"a list of 3.*Probe\(\(x, lengths\), y\)"):
         Probe.from_loader(DataLoader(triples), 2)
 
 
@@ -280,7 +486,7 @@ def test_pairs_singles_and_bare_tensors():
 @pytest.mark.parametrize("targets", ["y", "label", "targets"])
 def test_mappings_with_an_obvious_key(inputs, targets):
     x, y = torch.randn(6, 3), torch.arange(6)
-    dataset = Dictionaries(**{targets: y, inputs: x, "id": y})
+    dataset = Dictionaries(**{targets: y, inputs: x, "name": list("abcdef")})
     probe = Probe.from_loader(DataLoader(dataset), 6, seed=None)
     assert torch.equal(probe.inputs, x)
     assert torch.equal(probe.targets, y)
@@ -296,6 +502,43 @@ def test_mappings_of_keyword_arguments():
     assert torch.equal(probe.inputs["input_ids"], ids)
     assert probe.targets.tolist() == list(range(6))
     assert Probe.from_loader(DataLoader(dataset), 6, balanced=True).n == 6
+
+
+def test_an_obvious_key_with_company_stays_a_keyword():
+    """A mask is not dropped because it comes with a key that is called `inputs`."""
+    ids, mask = torch.randint(0, 9, (6, 4)), torch.ones(6, 4).long()
+    dataset = Dictionaries(inputs=ids, attention_mask=mask, labels=torch.arange(6))
+    probe = Probe.from_loader(DataLoader(dataset), 6, seed=None)
+    assert probe.inputs.keys() == {"inputs", "attention_mask"}
+    assert torch.equal(probe.inputs["inputs"], ids)
+    assert torch.equal(probe.inputs["attention_mask"], mask)
+    assert probe.targets.tolist() == list(range(6))
+    nested = [{"x": ids[i], "deep": {"mask": mask[i]}} for i in range(6)]
+    inputs = Probe.from_loader(DataLoader(nested), 6, seed=None).inputs
+    assert inputs.keys() == {"x", "deep"}
+    assert torch.equal(inputs["deep"]["mask"], mask)
+
+
+PACKED = pack_padded_sequence(
+    torch.ones(3, 2, 1), torch.tensor([2, 2, 1]), batch_first=True
+)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [PACKED, (PACKED, torch.arange(3)), {"x": PACKED}, {"a": PACKED, "b": [PACKED]}],
+    ids=["bare", "pair", "obvious", "keywords"],
+)
+def test_packed_sequences_are_refused_with_the_way_out(batch):
+    message = r"PackedSequence.*padded tensor and the lengths.*`output_fn` that packs"
+    with pytest.raises(ProbeError, match=message):
+        Probe.from_loader(DataLoader(data(), collate_fn=lambda samples: batch), 3)
+    inputs = batch[0] if type(batch) is tuple else batch
+    for found in (inputs, (inputs,), [inputs]):
+        with pytest.raises(ProbeError, match=message):
+            Probe(found)
+    with pytest.raises(ValueError, match=message):
+        empirical_ntk(nn.Linear(1, 1), inputs)
 
 
 def test_mappings_without_an_input():
@@ -329,6 +572,9 @@ def test_properties():
     assert len(probe.digest) == 64
 
 
+X2 = torch.zeros(2, 1)
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
@@ -338,13 +584,55 @@ def test_properties():
         ((torch.zeros(3), torch.zeros(2)), None, "same leading dimension"),
         (torch.tensor(1.0), None, "same leading dimension"),
         ({"flag": True}, None, "at least one tensor"),
-        (torch.tensor([[1.0, torch.nan]]), None, "NaN or infinite"),
-        ({"a": torch.ones(1), "b": torch.tensor([torch.inf])}, None, "NaN or infinite"),
+        (torch.tensor([[1.0, torch.nan]]), None, "hold NaN"),
+        ({"a": torch.ones(1), "b": torch.tensor([torch.nan])}, None, "hold NaN"),
+        ({"x": X2, "mask": numpy.zeros(2)}, None, r"hold a ndarray.*torch\.as_tensor"),
+        ([[1.0, 2.0]], None, r"list of numbers.*torch\.as_tensor\(inputs\)"),
+        ((1, 2), None, r"tuple of numbers.*torch\.as_tensor\(inputs\)"),
     ],
 )
 def test_malformed_probes(inputs, targets, message):
     with pytest.raises(ProbeError, match=message):
         Probe(inputs, targets)
+
+
+def test_arguments_that_are_no_tensors():
+    """In a process of its own, because the type checker of the tests comes first."""
+    code = """
+import numpy, torch
+from ntk_callbacks import Probe
+x = torch.zeros(2, 3)
+for arguments in [(x, [1, 2]), (x, numpy.zeros(2)), (numpy.zeros((2, 3)),)]:
+    try:
+        Probe(*arguments)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    of_list, of_array, of_inputs = output.stdout.splitlines()
+    as_targets = r"pass torch\.as_tensor\(targets\)"
+    assert re.match(rf"ProbeError.*targets are a list.*{as_targets}", of_list)
+    assert re.match(rf"ProbeError.*targets are a ndarray.*{as_targets}", of_array)
+    assert re.match(r"ProbeError.*hold a ndarray.*torch\.as_tensor", of_inputs)
+
+
+def test_infinite_inputs_are_allowed(tmp_path):
+    """Additive attention masks hold −∞."""
+    mask = torch.tensor([[0.0, -torch.inf], [torch.inf, 0.0]])
+    probe = Probe({"x": torch.ones(2, 2), "mask": mask})
+    assert torch.equal(probe.inputs["mask"], mask)
+    probe.save(tmp_path / "probe.pt")
+    assert Probe.load(tmp_path / "probe.pt").digest == probe.digest
+
+
+def test_a_probe_equals_only_itself():
+    probe, same = Probe(torch.zeros(2, 3)), Probe(torch.zeros(2, 3))
+    assert probe == probe
+    assert probe != same
+    assert probe.digest == same.digest
+    assert len({probe, same}) == 2
 
 
 def test_errors_are_value_errors():

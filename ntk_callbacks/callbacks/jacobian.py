@@ -1,13 +1,8 @@
 """JacobianMonitor: singular values of the input-output Jacobian while training."""
 
 from ntk_callbacks._types import Mode, OutputFunction
-from ntk_callbacks.callbacks.monitor import (
-    Every,
-    Monitor,
-    OnError,
-    ProbeSource,
-    checked_probe,
-)
+from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 
 
@@ -26,6 +21,7 @@ class JacobianMonitor(Monitor):
         output_fn: As in `NTKMonitor`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
         memory_budget: Bytes, or `"2GiB"`, that the Jacobians held at a time may take.
+        name: Group of the tags; tells two monitors apart.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -46,14 +42,18 @@ class JacobianMonitor(Monitor):
         output_fn: OutputFunction | None = None,
         mode: Mode = "eval",
         memory_budget: int | str | None = None,
+        name: str = "jacobian",
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(
             JacobianInstrument(
-                output_fn=output_fn, mode=mode, memory_budget=memory_budget
+                output_fn=output_fn,
+                mode=mode,
+                memory_budget=memory_budget,
+                name=name,
             ),
             probe=checked_probe(probe),
             every=every,
             on_error=on_error,
-            settings=(mode,),
+            settings=(name, mode),
         )

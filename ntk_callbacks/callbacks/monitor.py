@@ -6,9 +6,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import lightning.pytorch
 import pytorch_lightning
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import nn
 
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
+from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
 from ntk_callbacks.errors import (
     MemoryBudgetError,
@@ -22,7 +23,6 @@ from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 from ntk_callbacks.reporting.loggers import report
 
-ProbeSource: TypeAlias = int | str | Probe | Tensor
 Every: TypeAlias = int | str | Schedule | Callable[[int], bool]
 OnError: TypeAlias = Literal["warn", "raise"]
 
@@ -54,7 +54,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self,
         instrument: Instrument,
         *,
-        probe: int | str | Probe | None,
+        probe: int | Probe | None,
         every: Every,
         on_error: OnError,
         settings: tuple[Any, ...],
@@ -96,6 +96,29 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         )
 
     # When ---------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse two monitors that would write the same tags.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            stage: Only `"fit"` matters.
+
+        Raises:
+            ValueError: If another monitor has the same name.
+        """
+        others = [
+            other
+            for other in trainer.callbacks
+            if isinstance(other, Monitor) and other is not self
+        ]
+        if any(other.instrument.name == self.instrument.name for other in others):
+            raise ValueError(
+                f"{self._who}: another monitor writes to the tags "
+                f"{self.instrument.name}/… too. Give one of them another name: "
+                'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure step 0, or go on where a checkpoint stopped."""
@@ -164,8 +187,9 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         try:
             _refuse_sharded(trainer)
             with quietly(pl_module):
+                _mute(pl_module)
                 if not self._started and self._source is not None:
-                    self.instrument.start(self._probe(trainer, self._source))
+                    self.instrument.start(probe_of(trainer, self._source))
                 self._started = True
                 measurement = self.instrument.measure(pl_module, self._step)
         except Exception as error:
@@ -200,15 +224,8 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         )
         rank_zero_warn(
             f"{self._who}: the measurement of step {self._step} failed "
-            f"({type(error).__name__}: {error}). {after}; training goes on unchanged."
+            f"({type(error).__name__}: {error}). {after}; training goes on."
         )
-
-    def _probe(self, trainer: Any, source: int | str | Probe) -> Probe:
-        if isinstance(source, Probe):
-            return source
-        if isinstance(source, str):
-            return Probe.load(source)
-        return Probe.from_loader(trainer.train_dataloader, source)
 
     def _active(self, trainer: Any) -> bool:
         return bool(trainer.is_global_zero) and not self._off
@@ -247,29 +264,15 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.instrument.load_state_dict(state_dict["instrument"])
 
 
-def checked_probe(probe: ProbeSource) -> int | str | Probe:
-    """What a monitor measures on, checked as far as it can be before the training.
+def _mute(pl_module: nn.Module) -> None:
+    """Let a `forward` that calls `self.log` log nothing; the guard puts `log` back."""
+    for module in pl_module.modules():
+        if hasattr(module, "log_dict") and hasattr(module, "log"):
+            vars(module).update(log=_log_nothing, log_dict=_log_nothing)
 
-    Args:
-        probe: A `Probe`; a tensor of inputs; the path of a saved probe; or a number of
-            examples to draw from the training data.
 
-    Returns:
-        The same, a tensor as a `Probe`.
-
-    Raises:
-        ValueError: If it is none of these, or holds no example.
-    """
-    if isinstance(probe, Tensor):
-        return Probe(probe)
-    if isinstance(probe, bool) or not isinstance(probe, int | str | Probe):
-        raise ValueError(
-            f"probe is a {type(probe).__name__}; expected a number of examples, a "
-            "Probe, a tensor of inputs, or the path of a saved probe."
-        )
-    if isinstance(probe, int) and probe < 1:
-        raise ValueError(f"probe must hold at least 1 example, got {probe}.")
-    return probe
+def _log_nothing(*_args: Any, **_options: Any) -> None:
+    return None
 
 
 def _refuse_sharded(trainer: Any) -> None:

@@ -17,6 +17,7 @@ class ParameterDriftMonitor(Monitor):
         every: As in `NTKMonitor`.
         parameters: As in `empirical_ntk`; chosen at the first measurement.
         per_tensor: One curve for each tensor too.
+        name: Group of the tags; tells two monitors apart.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -35,12 +36,15 @@ class ParameterDriftMonitor(Monitor):
         *,
         parameters: ParameterFilter = None,
         per_tensor: bool = True,
+        name: str = "params",
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(
-            ParameterDriftInstrument(parameters=parameters, per_tensor=per_tensor),
+            ParameterDriftInstrument(
+                parameters=parameters, per_tensor=per_tensor, name=name
+            ),
             probe=None,
             every=every,
             on_error=on_error,
-            settings=(parameters,),
+            settings=(name, parameters),
         )

@@ -4,11 +4,12 @@ Whatever the schedule, a monitor also measures step 0 and the last step of a run
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 StepRule: TypeAlias = Callable[[int], bool]
 
@@ -38,21 +39,20 @@ def every(n: int, unit: str = "steps") -> Schedule:
     """Every n optimizer updates, or at the end of every n-th epoch.
 
     Args:
-        n: At least 1.
+        n: A whole number of at least 1, of any integer type.
         unit: `"steps"` or `"epochs"`.
 
     Returns:
         A schedule.
 
     Raises:
-        ValueError: If n is not a number of at least 1 or the unit is unknown.
+        ValueError: If n is not such a number or the unit is unknown.
 
     Example:
         >>> [step for step in range(1, 9) if every(3).due(step)]
         [3, 6]
     """
-    if not _is_count(n):
-        raise ValueError(f"every: n must be a whole number of at least 1, got {n}.")
+    n = _count("every: n", n)
     if unit == "steps":
         return Schedule(f"{n} steps", partial(_multiple, n), _never)
     if unit == "epochs":
@@ -70,17 +70,13 @@ def log_spaced(per_decade: int = 5) -> Schedule:
         A schedule that measures the steps 10^(i/per_decade), i = 0, 1, …, rounded.
 
     Raises:
-        ValueError: If `per_decade` is below 1.
+        ValueError: If `per_decade` is not a whole number of at least 1.
 
     Example:
         >>> [step for step in range(1, 101) if log_spaced(3).due(step)]
         [1, 2, 5, 10, 22, 46, 100]
     """
-    if not _is_count(per_decade):
-        raise ValueError(
-            "log_spaced: per_decade must be a whole number of at least 1, got "
-            f"{per_decade}."
-        )
+    per_decade = _count("log_spaced: per_decade", per_decade)
     return Schedule(f"{per_decade} per decade", partial(_on_grid, per_decade), _never)
 
 
@@ -88,22 +84,26 @@ def at(*steps: int) -> Schedule:
     """Exactly the given optimizer updates.
 
     Args:
-        *steps: Completed updates, in any order.
+        *steps: Completed updates, in any order, of any integer type.
 
     Returns:
         A schedule.
 
     Raises:
-        ValueError: If no step or a negative one is given.
+        ValueError: If no step is given, or one that is no whole number of at least 0.
 
     Example:
         >>> [step for step in range(1, 100) if at(10, 50).due(step)]
         [10, 50]
     """
-    if not steps or any(isinstance(s, bool) or s < 0 for s in steps):
-        raise ValueError(f"at: expected steps that are not negative, got {steps}.")
-    text = "at " + " ".join(str(step) for step in sorted(set(steps)))
-    return Schedule(text, frozenset(steps).__contains__, _never)
+    chosen = {-1 if (n := _whole(step)) is None else n for step in steps}
+    if min(chosen, default=-1) < 0:
+        raise ValueError(
+            "at: expected whole numbers that are not negative, as in at(1, 10, 100), "
+            f"got at{steps!r}."
+        )
+    text = "at " + " ".join(str(step) for step in sorted(chosen))
+    return Schedule(text, frozenset(chosen).__contains__, _never)
 
 
 def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
@@ -118,7 +118,7 @@ def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
         A schedule.
 
     Raises:
-        ValueError: If the text is not understood.
+        ValueError: If the value is not understood.
 
     Example:
         >>> as_schedule("epoch").text
@@ -126,8 +126,8 @@ def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
     """
     if isinstance(value, Schedule):
         return value
-    if isinstance(value, int):
-        return every(value)
+    if isinstance(value, bool) or _whole(value) is not None:
+        return every(cast("int", value))  # which refuses a flag
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__name__)
         return Schedule(name, value, _never)
@@ -147,8 +147,21 @@ def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
     )
 
 
-def _is_count(n: object) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
+def _whole(value: Any) -> int | None:
+    """The integer that any integer type stands for; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _count(argument: str, value: object) -> int:
+    n = _whole(value)
+    if n is None or n < 1:
+        raise ValueError(
+            f"{argument} must be a whole number of at least 1, got {value!r}."
+        )
+    return n
 
 
 def _never(_count: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_callbacks._types import Inputs
+from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, examples
@@ -20,10 +20,17 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
         x: A batch.
 
     Raises:
-        UnsupportedModelError: If the outputs differ by more than round-off.
+        UnsupportedModelError: If the outputs differ by more than round-off, at the
+            parameters or beside them.
     """
-    first, second = forward(function, x), forward(function, x)
-    if not _close(first, second):
+    noisy = _beside(function)
+    pairs = [
+        (forward(function, x), forward(function, x)),
+        (_attempt(function, x, noisy), _attempt(function, x, noisy)),
+    ]
+    for first, second in pairs:
+        if first is None or second is None or _close(first, second):
+            continue
         gap = (first - second).abs().max().item()
         raise UnsupportedModelError(
             "two forward passes on the same inputs differ by up to "
@@ -38,41 +45,74 @@ def is_coupled(function: ModelFunction, x: Inputs) -> bool:
 
     True for BatchNorm on batch statistics, batches that are one graph, contrastive
     outputs. Their kernel needs the joint batch. An example that cannot be run alone
-    counts as coupled: differentiating jointly is right in either case.
+    counts as coupled: differentiating jointly is right in either case. Every example
+    is tried, and beside the parameters too: the outputs of a head that starts at zero
+    would tell nothing.
 
     Args:
         function: The model as it is measured.
         x: A batch.
 
     Returns:
-        Whether the first or the last example depends on the rest of the batch.
+        Whether any example depends on the rest of the batch.
     """
     n = batch_size(x)
     if n == 1:
         return False
-    joint = forward(function, x)
-    for i in (0, n - 1):
-        try:
-            alone = forward(function, examples(x, i, i + 1))
-        except Exception:  # whatever a model raises on a batch of one
-            return True
-        if not _close(alone, joint[i : i + 1]):
+    here, noisy = function.params | function.fixed, _beside(function)
+    joint_here, joint_noisy = forward(function, x), _attempt(function, x, noisy)
+    tries = [(here, joint_here, i) for i in (0, n - 1)]
+    if joint_noisy is None:
+        tries += [(here, joint_here, i) for i in range(1, n - 1)]
+    else:
+        tries += [(noisy, joint_noisy, i) for i in range(n)]
+    for params, joint, i in tries:
+        alone = _attempt(function, examples(x, i, i + 1), params)
+        if alone is None or not _close(alone, joint[i : i + 1]):
             return True
     return False
 
 
-def forward(function: ModelFunction, x: Inputs) -> Float[Tensor, "n c"]:
+def forward(
+    function: ModelFunction, x: Inputs, params: Params | None = None
+) -> Float[Tensor, "n c"]:
     """Outputs without a graph, also where `output_fn` takes derivatives itself."""
+    params = function.params if params is None else params
     with warnings.catch_warnings():
         # Reentrant checkpointing warns where gradients are off.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         try:
             with torch.no_grad():
-                return function(function.params, x).detach()
+                return function(params, x).detach()
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-        return function(function.params, x).detach()
+        return function(params, x).detach()
+
+
+def _attempt(function: ModelFunction, x: Inputs, params: Params) -> Tensor | None:
+    """Outputs, or None: a batch of one, or other parameters, may not be allowed."""
+    try:
+        return forward(function, x, params)
+    except Exception:  # whatever a model raises
+        return None
+
+
+def _beside(function: ModelFunction) -> Params:
+    """The parameters with a tenth of their size, or 0.1 where they are 0, of noise."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: tensor + _noise(tensor, generator)
+        for name, tensor in (function.params | function.fixed).items()
+    }
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return torch.zeros_like(tensor)
+    noise = torch.rand(tensor.shape, generator=generator) * 2 - 1
+    size = tensor.abs().mean()
+    return noise.to(tensor) * torch.where(size > 0, 0.1 * size, 0.1)
 
 
 def _close(first: Tensor, second: Tensor) -> bool:

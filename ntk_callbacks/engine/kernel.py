@@ -22,7 +22,7 @@ from ntk_callbacks.engine.coupling import refuse_randomness
 from ntk_callbacks.engine.exact import ROUTES, Problem
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import MemoryBudgetError
-from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.functional import ModelFunction, check_output_fn, compiled
 from ntk_callbacks.guard import measuring
 from ntk_callbacks.nested import batch_size
 
@@ -96,6 +96,12 @@ def empirical_ntk(
     _check_choice("outputs", outputs, get_args(Outputs))
     _check_choice("mode", mode, get_args(Mode))
     _check_choice("route", route, ("auto", *ROUTES))
+    check_selection(parameters, by, output_fn)
+    if not (scaling is None or isinstance(scaling, Mapping)):
+        raise ValueError(
+            f"scaling is a {type(scaling).__name__}; expected a mapping of parameter "
+            "names to numbers or tensors of the parameter's shape."
+        )
     with measuring(model, mode):
         function = ModelFunction(
             model,
@@ -136,6 +142,37 @@ def _automatic(problem: Problem) -> dict[str, Kernel]:
     return ROUTES[last](problem)
 
 
+def check_selection(
+    parameters: object = None, by: object = None, output_fn: object = None
+) -> None:
+    """Refuse what `empirical_ntk` would refuse for any model.
+
+    Args:
+        parameters: What is to be passed as its `parameters`.
+        by: What is to be passed as its `by`.
+        output_fn: What is to be passed as its `output_fn`.
+
+    Raises:
+        ValueError: If one of them is of the wrong kind, or a pattern is no regular
+            expression.
+    """
+    if not (parameters is None or callable(parameters)):
+        compiled("parameters", parameters)
+    _patterns(by)
+    check_output_fn(output_fn)
+
+
+def _patterns(by: object) -> dict[str, re.Pattern[str]]:
+    """Part of the kernel -> what its parameters match; empty if `by` is no mapping."""
+    if isinstance(by, Mapping):
+        return {k: compiled(f"by[{k!r}]", p) for k, p in by.items()}
+    if not (by is None or (isinstance(by, str) and by in {"module", "parameter"})):
+        raise ValueError(
+            f"by={by!r}; expected None, 'module', 'parameter' or {{name: regex}}."
+        )
+    return {}
+
+
 def parameter_groups(names: list[str], by: Grouping) -> dict[str, str]:
     """Parameter name -> name of the part of the kernel it adds to.
 
@@ -149,24 +186,21 @@ def parameter_groups(names: list[str], by: Grouping) -> dict[str, str]:
     Raises:
         ValueError: If `by` is not understood, or one of its patterns matches nothing.
     """
+    patterns = _patterns(by)
     if by is None:
         return dict.fromkeys(names, "")
     if by == "parameter":
         return {name: name for name in names}
     if by == "module":
         return {name: name.rpartition(".")[0] for name in names}
-    if not isinstance(by, Mapping):
-        raise ValueError(
-            f"by={by!r}; expected None, 'module', 'parameter' or {{name: regex}}."
-        )
     groups = {
-        name: next((part for part, p in by.items() if re.search(p, name)), "rest")
+        name: next((part for part, p in patterns.items() if p.search(name)), "rest")
         for name in names
     }
-    for part in by.keys() - set(groups.values()):
+    for part in patterns.keys() - set(groups.values()):
         raise ValueError(
-            f"by: the pattern {by[part]!r} of {part!r} takes no parameter; the names "
-            f"are {', '.join(names)}."
+            f"by: the pattern {patterns[part].pattern!r} of {part!r} takes no "
+            f"parameter; the names are {', '.join(names)}."
         )
     return groups
 
@@ -184,7 +218,12 @@ def _checked_scaling(
             f"{missing or 'none'}, not measured: {unknown or 'none'}."
         )
     for name, value in scaling.items():
-        scale = torch.as_tensor(value)
+        try:
+            scale = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"scaling[{name!r}] is {value!r}; expected a number or a tensor."
+            ) from error
         shape = function.params[name].shape
         if scale.ndim and scale.shape != shape:
             raise ValueError(

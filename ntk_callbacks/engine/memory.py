@@ -1,8 +1,10 @@
 """How much memory a computation may take, and the blocks that keep within it."""
 
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,15 +20,15 @@ def memory_bytes(budget: int | str | None, device: torch.device) -> int:
     """A memory budget in bytes.
 
     Args:
-        budget: Bytes, a text such as `"2GiB"` or `"500 MB"`, or None for a quarter of
-            what the device has free.
+        budget: A whole number of bytes, a text such as `"2GiB"` or `"500 MB"`, or None
+            for a quarter of what the device has free.
         device: Where the computation runs.
 
     Returns:
         A positive number of bytes.
 
     Raises:
-        ValueError: If the text is not understood or the number is not positive.
+        ValueError: If the budget is not understood or not positive.
 
     Example:
         >>> memory_bytes("1.5GiB", torch.device("cpu"))
@@ -36,15 +38,27 @@ def memory_bytes(budget: int | str | None, device: torch.device) -> int:
         return max(_free_bytes(device) // 4, 1)
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
-        if match is None or match[2] not in _UNITS:
-            raise ValueError(
-                f"memory_budget={budget!r} is not understood; expected bytes or a text "
-                f"such as '2GiB' with one of the units {', '.join(_UNITS)[2:]}."
-            )
-        budget = int(float(match[1]) * _UNITS[match[2]])
-    if budget <= 0:
-        raise ValueError(f"memory_budget must be positive, got {budget}.")
-    return budget
+        unit = _UNITS.get(match[2]) if match else None
+        size = int(float(match[1]) * unit) if match and unit else None
+    else:
+        size = _whole(budget)
+    if size is None:
+        raise ValueError(
+            f"memory_budget={budget!r} is not understood; expected a whole number of "
+            "bytes or a text such as '2GiB' with one of the units "
+            f"{', '.join(_UNITS)[2:]}."
+        )
+    if size <= 0:
+        raise ValueError(f"memory_budget must be positive, got {size}.")
+    return size
+
+
+def _whole(value: Any) -> int | None:
+    """The integer that any integer type stands for; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _free_bytes(device: torch.device) -> int:

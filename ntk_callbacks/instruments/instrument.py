@@ -20,6 +20,9 @@ class Instrument(Protocol):
     and containers of these alone, so that `torch.load(weights_only=True)` reads it.
     """
 
+    name: str
+    """Group of the tags of its measurements."""
+
     def start(self, probe: Probe) -> None:
         """Take the probe; compare with restored references if there are any."""
 
@@ -38,6 +41,26 @@ def tag_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "root"
+
+
+def checked_name(name: str) -> str:
+    """The name of a group of tags, if every logger accepts it.
+
+    Args:
+        name: What a user calls a monitor.
+
+    Returns:
+        The same name.
+
+    Raises:
+        ValueError: If it holds other characters than letters, digits, _ . / and -.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_./-]+", name):
+        raise ValueError(
+            f"name={name!r} becomes part of tags; expected letters, digits and any of "
+            "_ . / -"
+        )
+    return name
 
 
 def one_of(argument: str, value: object, valid: tuple[str, ...]) -> None:

@@ -8,8 +8,9 @@ from torch import nn
 from ntk_callbacks import metrics
 from ntk_callbacks._types import Mode, OutputFunction
 from ntk_callbacks.engine.input_jacobian import input_singular_values
+from ntk_callbacks.engine.kernel import check_selection
 from ntk_callbacks.engine.memory import memory_bytes
-from ntk_callbacks.instruments.instrument import numbers, one_of
+from ntk_callbacks.instruments.instrument import checked_name, numbers, one_of
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
@@ -21,6 +22,7 @@ class JacobianInstrument:
         output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
         memory_budget: Bytes that the Jacobians held at a time may take.
+        name: Group of the tags.
 
     Raises:
         ValueError: If an argument is not understood.
@@ -32,7 +34,10 @@ class JacobianInstrument:
         output_fn: OutputFunction | None = None,
         mode: Mode = "eval",
         memory_budget: int | str | None = None,
+        name: str = "jacobian",
     ) -> None:
+        check_selection(output_fn=output_fn)
+        self.name = checked_name(name)
         one_of("mode", mode, get_args(Mode))
         memory_bytes(memory_budget, torch.device("cpu"))
         self.output_fn = output_fn
@@ -69,17 +74,17 @@ class JacobianInstrument:
         )
         ratios = values[:, 0] / values[:, -1]
         found = {
-            "jacobian/singular_value_max": values.max(),
-            "jacobian/singular_value_min": values.min(),
-            "jacobian/mean_square": metrics.mean_square(values),
-            "jacobian/condition_number": ratios.median(),
-            "jacobian/log_std": metrics.log_std(values),
+            f"{self.name}/singular_value_max": values.max(),
+            f"{self.name}/singular_value_min": values.min(),
+            f"{self.name}/mean_square": metrics.mean_square(values),
+            f"{self.name}/condition_number": ratios.median(),
+            f"{self.name}/log_std": metrics.log_std(values),
         }
         pooled = values.flatten()
         return Measurement(
             step,
             scalars=numbers(found),
-            vectors={"jacobian/singular_values_log10": pooled[pooled > 0].log10()},
+            vectors={f"{self.name}/singular_values_log10": pooled[pooled > 0].log10()},
         )
 
     def state_dict(self) -> dict[str, Any]:

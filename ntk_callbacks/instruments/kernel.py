@@ -1,6 +1,6 @@
 """The empirical NTK on a fixed probe: spectrum, drift, alignment."""
 
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,12 +17,17 @@ from ntk_callbacks._types import (
     ParameterFilter,
 )
 from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import empirical_ntk
+from ntk_callbacks.engine.kernel import check_selection, empirical_ntk
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import ProbeMismatchError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.guard import measuring
-from ntk_callbacks.instruments.instrument import numbers, one_of, tag_name
+from ntk_callbacks.instruments.instrument import (
+    checked_name,
+    numbers,
+    one_of,
+    tag_name,
+)
 from ntk_callbacks.instruments.kernel_view import METRICS, KernelMetric, KernelView
 from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
@@ -56,11 +61,7 @@ class NTKOptions:
         one_of("mode", self.mode, get_args(Mode))
         one_of("route", self.route, ("auto", *ROUTES))
         memory_bytes(self.memory_budget, torch.device("cpu"))
-        if not re.fullmatch(r"[A-Za-z0-9_./-]+", self.name):
-            raise ValueError(
-                f"name={self.name!r} becomes part of tags; expected letters, digits "
-                "and any of _ . / -"
-            )
+        checked_name(self.name)
 
 
 class KernelInstrument:
@@ -91,8 +92,7 @@ class KernelInstrument:
         options: NTKOptions | None = None,
     ) -> None:
         one_of("outputs", outputs, ("auto", *get_args(Outputs)))
-        if not isinstance(by, Mapping | None):
-            one_of("by", by, ("module", "parameter"))
+        check_selection(parameters, by, output_fn)
         self.outputs = outputs
         self._outputs: Outputs | None = None if outputs == "auto" else outputs
         self.metrics = _chosen_metrics(metrics)
@@ -100,6 +100,7 @@ class KernelInstrument:
         self.by = by
         self.output_fn = output_fn
         self.options = options or NTKOptions()
+        self.name = self.options.name
         self._probe: Probe | None = None
         self._reference: Kernel | None = None
         self._previous: Kernel | None = None
@@ -180,12 +181,22 @@ class KernelInstrument:
                 model, output_fn=self.output_fn, parameters=self.parameters
             )
             c = function({}, function.prepare(probe.inputs)).shape[1]
-        return "full" if probe.n * c <= self.options.dense_limit else "trace"
+        if probe.n * c <= self.options.dense_limit:
+            return "full"
+        warnings.warn(
+            f"NTKMonitor: the kernel of {probe.n} examples and {c} outputs has "
+            f"{probe.n * c} rows, more than {self.options.dense_limit}. From here on "
+            f"{self.name}/… are those of the traced kernel (1/c) Σₖ Θ[:, :, k, k], "
+            'without max_learning_rate. outputs="full" keeps all outputs, a smaller '
+            "probe or NTKOptions(dense_limit=…) too.",
+            stacklevel=2,
+        )
+        return "trace"
 
     def _measurement(
         self, view: KernelView, parts: dict[str, Kernel], step: int
     ) -> Measurement:
-        name = self.options.name
+        name = self.name
         found = {
             f"{name}/{metric}": function(view)
             for metric, function in self.metrics.items()

@@ -88,8 +88,13 @@ def _kernel_velocity(view: KernelView) -> Tensor | float:
     return metrics.kernel_distance(view.ntk, view.previous) / view.steps
 
 
+def _have_distances(targets: Tensor) -> bool:
+    """Real targets, or one class for each example: not the tokens of a sequence."""
+    return targets.is_floating_point() or targets.numel() == len(targets)
+
+
 def _target_alignment(view: KernelView) -> Tensor | None:
-    if view.targets is None:
+    if view.targets is None or not _have_distances(view.targets):
         return None
     return metrics.target_alignment(view.traced, view.targets.to(view.ntk.device))
 
@@ -98,7 +103,9 @@ def _off_diagonal_share(view: KernelView) -> Tensor | None:
     return metrics.off_diagonal_share(view.ntk) if view.ntk.ndim == 4 else None
 
 
-def _max_learning_rate(view: KernelView) -> Tensor:
+def _max_learning_rate(view: KernelView) -> Tensor | None:
+    if view.ntk.ndim != 4:  # λ_max of a traced kernel is smaller: no stability limit
+        return None
     return learning_rate_limit(view.eigenvalues[0])
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from ntk_callbacks import metrics
 from ntk_callbacks._types import ParameterFilter, Params
+from ntk_callbacks.engine.kernel import check_selection
 from ntk_callbacks.functional import select_parameters
-from ntk_callbacks.instruments.instrument import numbers, tag_name
+from ntk_callbacks.instruments.instrument import checked_name, numbers, tag_name
 from ntk_callbacks.metrics.drift import distance, norm
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -23,11 +24,18 @@ class ParameterDriftInstrument:
         parameters: As in `empirical_ntk`.
         per_tensor: Report the displacement of every tensor too. Tensors that start at
             zero have no scale of their own: they count in the total alone.
+        name: Group of the tags.
     """
 
     def __init__(
-        self, *, parameters: ParameterFilter = None, per_tensor: bool = True
+        self,
+        *,
+        parameters: ParameterFilter = None,
+        per_tensor: bool = True,
+        name: str = "params",
     ) -> None:
+        check_selection(parameters)
+        self.name = checked_name(name)
         self.parameters = parameters
         self.per_tensor = per_tensor
         self._reference: Params = {}
@@ -66,14 +74,15 @@ class ParameterDriftInstrument:
         start = norm(reference)
         path = self._path + float(distance(now, previous))
         found = {
-            "params/displacement": metrics.displacement(now, reference),
-            "params/path_length": path / start,
-            "params/cosine_to_init": metrics.cosine_similarity(now, reference),
+            f"{self.name}/displacement": metrics.displacement(now, reference),
+            f"{self.name}/path_length": path / start,
+            f"{self.name}/cosine_to_init": metrics.cosine_similarity(now, reference),
         }
         if self.per_tensor:
             # A group of its own: some loggers forbid a tag that begins another tag.
+            group = f"{self.name}_tensors/displacement"
             found |= {
-                f"params_tensors/displacement/{tag_name(name)}": metrics.displacement(
+                f"{group}/{tag_name(name)}": metrics.displacement(
                     {name: now[name]}, {name: reference[name]}
                 )
                 for name in names

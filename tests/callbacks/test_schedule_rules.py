@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,6 +111,16 @@ def test_functions_keep_their_name():
     assert isinstance(schedule, Schedule)
 
 
+def test_integers_of_any_type():
+    assert every(np.int64(3)).text == "3 steps"
+    assert every(np.int64(3)).due(6)
+    assert every(np.uint8(2), "epochs").text == "2 epochs"
+    assert log_spaced(np.int32(5)).text == "5 per decade"
+    assert at(*np.array([10, 1])).text == "at 1 10"
+    assert at(np.int64(10)).due(10)
+    assert as_schedule(np.int64(3)).text == "3 steps"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -141,6 +152,19 @@ def test_texts_that_are_not_understood(text):
         lambda: as_schedule(2.5),
         lambda: every(1.5),
         lambda: log_spaced(0.5),
+        lambda: every(3.0),
+        lambda: every("3"),
+        lambda: every(None),
+        lambda: every(np.float64(3)),
+        lambda: log_spaced("5"),
+        lambda: at(2.5),
+        lambda: at(1, 2.0),
+        lambda: at([1, 2]),
+        lambda: at("10"),
+        lambda: at(None),
+        lambda: as_schedule([1, 2]),
+        lambda: as_schedule(np.float64(2)),
+        lambda: as_schedule(np.int64(0)),
     ],
 )
 def test_arguments_that_make_no_schedule(make):

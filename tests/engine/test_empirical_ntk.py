@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -22,7 +23,8 @@ from torch import nn
 
 from ntk_callbacks import as_matrix, empirical_ntk
 from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import parameter_groups
+from ntk_callbacks.engine.kernel import check_selection, parameter_groups
+from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.layout import symmetric
 
@@ -140,6 +142,14 @@ def test_as_matrix_of_a_diagonal_kernel_is_block_diagonal():
     assert torch.equal(matrix[:, 0, :, 0], diagonal[..., 0])
     assert torch.equal(matrix[:, 1, :, 1], diagonal[..., 1])
     assert not matrix[:, 0, :, 1].any()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3, 4), (1, 1, 1, 1, 1)])
+def test_as_matrix_of_no_kernel(shape):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{shape}; expected (n1, n2, c, c)")
+    ):
+        inspect.unwrap(as_matrix)(torch.zeros(shape))
 
 
 def test_as_matrix_leaves_a_traced_kernel():
@@ -604,6 +614,60 @@ def test_scaling_that_does_not_fit(net, x):
     for value in (-1.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="finite and not negative"):
             empirical_ntk(net, x, scaling=scaling | {"0.bias": value})
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"parameters": "["}, r"parameters='\[' is no regular .*: unterminated"),
+        ({"parameters": ["w"]}, r"parameters=\['w'\] .*expected a text, not a list"),
+        ({"by": {"a": "["}}, r"by\['a'\]='\[' is no regular .*: unterminated"),
+        ({"by": {"a": None}}, r"by\['a'\]=None .*expected a text"),
+        ({"by": "layer"}, "by='layer'; expected None, 'module'"),
+        ({"by": ["module"]}, r"by=\['module'\]; expected None, 'module'"),
+        (
+            {"output_fn": "net"},
+            r"output_fn must be callable \(model, x\) -> \(n, \.\.\.\)",
+        ),
+    ],
+)
+def test_a_selection_is_refused_with_and_without_a_model(net, x, selection, message):
+    # Without the type checks of this test run, as a user calls it.
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(check_selection)(**selection)
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(empirical_ntk)(net, x, **selection)
+    if "by" in selection:
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(parameter_groups)(["0.weight"], selection["by"])
+
+
+def test_a_selection_that_may_fit_some_model():
+    check_selection()
+    check_selection("weight", "module", lambda model, x: model(x))
+    check_selection(lambda name, p: True, {"a": r"^0\."})
+
+
+def test_scaling_of_another_kind(net, x):
+    kernel = inspect.unwrap(empirical_ntk)
+    scaling = dict.fromkeys((name for name, _ in net.named_parameters()), 1.0)
+    for wrong in (0.1, torch.ones(3), [1.0]):
+        with pytest.raises(ValueError, match=r"scaling is a .*; expected a mapping of"):
+            kernel(net, x, scaling=wrong)
+    with pytest.raises(
+        ValueError, match=r"scaling\['0.bias'\] is 'big'; expected a num"
+    ):
+        kernel(net, x, scaling=scaling | {"0.bias": "big"})
+
+
+def test_memory_budgets_are_whole_numbers():
+    memory, cpu = inspect.unwrap(memory_bytes), torch.device("cpu")
+    assert memory(np.int64(2**20), cpu) == 2**20
+    for wrong in (1.5, 2e9, True, [1], "2 lots", "-1"):
+        with pytest.raises(
+            ValueError, match=r"is not understood; expected a whole num"
+        ):
+            memory(wrong, cpu)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

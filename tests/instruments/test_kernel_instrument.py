@@ -230,22 +230,41 @@ def test_metrics_of_your_own():
     assert view.traced.numpy() == pytest.approx(X @ X.T + 1)
 
 
-@pytest.mark.parametrize(("limit", "outputs"), [(N * C, "full"), (N * C - 1, "trace")])
-def test_auto_traces_kernels_that_are_too_large(limit, outputs):
-    instrument = KernelInstrument(options=NTKOptions(dense_limit=limit))
+def test_auto_keeps_all_outputs_up_to_the_limit():
+    instrument = KernelInstrument(options=NTKOptions(dense_limit=12))
     found = measured(instrument, linear()).scalars
-    same = measured(KernelInstrument(outputs=outputs), linear()).scalars
+    same = measured(KernelInstrument(outputs="full"), linear()).scalars
     assert found == pytest.approx(same, nan_ok=True, **CLOSE)
-    assert instrument.state_dict()["outputs"] == outputs
+
+
+def test_auto_traces_kernels_that_are_too_large_and_says_so():
+    instrument = KernelInstrument(options=NTKOptions(dense_limit=11))
+    with pytest.warns(UserWarning, match="has 12 rows, more than 11.*traced kernel"):
+        found = measured(instrument, linear()).scalars
+    same = measured(KernelInstrument(outputs="trace"), linear()).scalars
+    assert found == pytest.approx(same, nan_ok=True, **CLOSE)
+    assert instrument.state_dict()["outputs"] == "trace"
+    # 2/λ_max of a traced kernel would be no limit of stability.
+    assert not {"ntk/max_learning_rate", "ntk/off_diagonal_share"} & found.keys()
 
 
 def test_auto_does_not_switch_in_the_middle_of_a_run():
     """A resumed run takes what the checkpoint measured, whatever the limit is now."""
     first = KernelInstrument(options=NTKOptions(dense_limit=1))
-    measured(first, linear())
+    with pytest.warns(UserWarning, match="traced kernel"):
+        measured(first, linear())
     later = KernelInstrument()
     later.load_state_dict(first.state_dict())
     assert measured(later, linear(), 3).scalars["ntk/relative_change"] < 1e-12
+
+
+def test_classes_of_every_token_are_no_targets_to_align_with():
+    probe = Probe(torch.randn(4, 3), torch.randint(0, 9, (4, 5)))
+    instrument = KernelInstrument()
+    instrument.start(probe)
+    found = instrument.measure(torch.nn.Linear(3, 2), 0).scalars
+    assert "ntk/target_alignment" not in found
+    assert "ntk/trace" in found
 
 
 def test_name_of_the_tags():

@@ -1,0 +1,72 @@
+"""Examples that depend on one another are found, also where outputs tell nothing."""
+
+import pytest
+import torch
+from oracles import ntk_by_loop, relative_error
+from torch import nn
+
+from ntk_callbacks import empirical_ntk
+from ntk_callbacks.errors import UnsupportedModelError
+
+
+class Grouped(nn.Module):
+    """Only the two examples in the middle share their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        groups = torch.tensor([0, *[1] * (len(x) - 2), 2])[: len(x)]
+        means = [h[groups == group].mean(0) for group in groups.tolist()]
+        return self.last(torch.stack(means))
+
+
+def zero_head():
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)
+    )
+    nn.init.zeros_(net[2].weight)
+    nn.init.zeros_(net[2].bias)
+    return net
+
+
+class Centered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h - h.mean(0))
+
+
+@pytest.mark.parametrize("factory", [Grouped, zero_head, Centered])
+@pytest.mark.parametrize("route", ["auto", "rows"])
+def test_coupled_examples_are_differentiated_jointly(factory, route):
+    model = factory().double().eval()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    ntk = empirical_ntk(model, x, route=route)
+    assert relative_error(ntk, ntk_by_loop(model, x)) < 1e-9
+
+
+@pytest.mark.parametrize("factory", [Grouped, zero_head, Centered])
+def test_vmap_refuses_coupled_examples(factory):
+    with pytest.raises(UnsupportedModelError, match="depends on the others"):
+        empirical_ntk(factory().eval(), torch.randn(5, 3), route="vmap")
+
+
+def test_dropout_behind_a_head_of_zeros_is_found():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+            nn.init.zeros_(self.last.weight)
+
+        def forward(self, x):
+            return self.last(nn.functional.dropout(self.first(x)))
+
+    with pytest.raises(UnsupportedModelError, match="draws random numbers"):
+        empirical_ntk(Drops().eval(), torch.randn(4, 3))
