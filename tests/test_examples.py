@@ -100,7 +100,7 @@ def code_lines(script):
 
 def test_trainer_example_is_short_and_monitoring_is_one_line_of_it():
     script = EXAMPLES / "plain_trainer.py"
-    assert len(code_lines(script)) <= 35
+    assert len(code_lines(script)) <= 30
     uses = [
         line.strip() for line in script.read_text().splitlines() if "Monitor(" in line
     ]
@@ -114,7 +114,7 @@ def test_example_can_be_read_from_top_to_bottom(script):
     text = script.read_text()
     tree = ast.parse(text)
     assert len(text.splitlines()) < 80
-    assert len(ast.get_docstring(tree).splitlines()) > 3
+    assert ast.get_docstring(tree)
     imported = {
         (node.module or "").split(".")[0]
         for node in ast.walk(tree)
