@@ -92,8 +92,6 @@ def test_an_installed_wheel_finds_its_own_configuration(tmp_path):
     made = subprocess.run(
         [*build, str(CONF.parent), "-w", str(tmp_path)], capture_output=True, text=True
     )
-    if made.returncode and "hatchling" in made.stderr:
-        pytest.skip("the build backend cannot be fetched")
     assert made.returncode == 0, made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

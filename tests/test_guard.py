@@ -503,3 +503,19 @@ def test_optimizers_go_on_as_if_nothing_had_happened():
         final.append(bits(model) | {"draw": torch.rand(3)})
     for name, value in final[0].items():
         assert torch.equal(value, final[1][name]), name
+
+
+@pytest.mark.parametrize(("layer", "enabled"), [(nn.GRU, False), (nn.Linear, True)])
+def test_recurrent_layers_are_measured_without_cudnn(layer, enabled):
+    """Promise: cuDNN differentiates them in training mode only, so it is set aside."""
+    seen = set()
+
+    def output_fn(model, x):
+        seen.add(torch.backends.cudnn.enabled)
+        result = model(x)
+        return result[0] if isinstance(result, tuple) else result
+
+    x = torch.randn(2, 3, 4)
+    empirical_ntk(layer(4, 2), x, output_fn=output_fn, outputs="trace")
+    assert seen == {enabled}
+    assert torch.backends.cudnn.enabled
