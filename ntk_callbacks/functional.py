@@ -85,6 +85,7 @@ class ModelFunction:
         pseudo: Replace the c outputs by their sum divided by √c.
 
     Attributes:
+        name: Class of the model.
         params: The parameters to differentiate, detached.
         fixed: All other parameters, detached.
         trained: Names of the parameters with `requires_grad`, measured or not.
@@ -105,6 +106,7 @@ class ModelFunction:
     ) -> None:
         check_output_fn(output_fn)
         _refuse_unmeasurable(model)
+        self.name = type(model).__name__
         named = dict(model.named_parameters())
         self.trained = {name for name, tensor in named.items() if tensor.requires_grad}
         self.originals = {id(tensor): name for name, tensor in named.items()}
@@ -114,6 +116,15 @@ class ModelFunction:
         self.fixed: Params = {k: v for k, v in tensors.items() if k not in selected}
         buffers = dict(model.named_buffers())
         self._buffers = {k: _full_precision(v.detach()) for k, v in buffers.items()}
+        # Every place of every tensor, those of tied ones too: torch (#164759) restores
+        # wrongly a place that it reaches by two names of one module.
+        first = {id(tensor): name for name, tensor in (named | buffers).items()}
+        self._places = {
+            ".".join(filter(None, ("model", path, key))): first[id(tensor)]
+            for path, module in model.named_modules()
+            for key, tensor in (module._parameters | module._buffers).items()
+            if tensor is not None
+        }
         self._outputs = _Outputs(model, output_fn or call_model, pseudo)
         self.dtype = _common_dtype(tensors.values())
         self.device = next(iter(self.params.values())).device
@@ -131,8 +142,10 @@ class ModelFunction:
         # Buffers are cloned: train-mode BatchNorm updates them even when detached.
         state = self.params | self.fixed | params
         state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
-        state = {f"model.{name}": tensor for name, tensor in state.items()}
-        result: _Result = functional_call(self._outputs, state, (x, then))
+        placed = {place: state[name] for place, name in self._places.items()}
+        result: _Result = functional_call(
+            self._outputs, placed, (x, then), tie_weights=False
+        )
         return result
 
     def prepare(self, x: Inputs) -> Inputs:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.functional import ModelFunction
+
 Gradients: TypeAlias = Callable[[Tensor, list[Tensor]], list[Tensor]]
 """`(number, leaves)` -> its derivative by each leaf, zero where there is no path."""
 
@@ -37,6 +40,26 @@ def graph_nodes(outputs: Tensor) -> Iterator[Node]:
             seen.add(node)
             waiting.extend(parent for parent, _ in node.next_functions)
             yield node
+
+
+def refuse_bypassed(function: ModelFunction, outputs: Tensor) -> None:
+    """Raise if the model reaches a measured parameter past its attribute.
+
+    Args:
+        function: The model.
+        outputs: What its forward pass gave.
+
+    Raises:
+        UnsupportedModelError: If a parameter of the model itself is in the graph.
+    """
+    for node in graph_nodes(outputs):
+        name = function.originals.get(id(getattr(node, "variable", None)))
+        if name in function.params:
+            raise UnsupportedModelError(
+                f"the model reaches parameter {name!r} past its attribute of that name "
+                "(through a list, a closure, a partial), where its gradient would be "
+                "missed. Use the attribute in `forward`."
+            )
 
 
 def _by_grad(number: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
         UnsupportedModelError: If the outputs differ by more than round-off, at the
             parameters or beside them.
     """
-    noisy = _beside(function)
+    noisy = beside(function)
     pairs = [
         (forward(function, x), forward(function, x)),
         (_attempt(function, x, noisy), _attempt(function, x, noisy)),
@@ -59,7 +59,7 @@ def is_coupled(function: ModelFunction, x: Inputs) -> bool:
     n = batch_size(x)
     if n == 1:
         return False
-    here, noisy = function.params | function.fixed, _beside(function)
+    here, noisy = function.params | function.fixed, beside(function)
     joint_here, joint_noisy = forward(function, x), _attempt(function, x, noisy)
     tries = [(here, joint_here, i) for i in (0, n - 1)]
     if joint_noisy is None:
@@ -98,7 +98,7 @@ def _attempt(function: ModelFunction, x: Inputs, params: Params) -> Tensor | Non
         return None
 
 
-def _beside(function: ModelFunction) -> Params:
+def beside(function: ModelFunction) -> Params:
     """The parameters with a tenth of their size, or 0.1 where they are 0, of noise."""
     generator = torch.Generator().manual_seed(0)
     return {

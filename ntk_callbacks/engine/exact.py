@@ -6,9 +6,9 @@ of J to the same contraction, which adds up one Gram matrix per parameter: one f
 sum over all parameters together would be ten times less accurate.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -17,50 +17,23 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from ntk_callbacks._types import Inputs, Kernel, Params, Scaling
-from ntk_callbacks.engine.backward import gradients_of, graph_nodes
+from ntk_callbacks._types import Inputs, Kernel, Params
+from ntk_callbacks.engine.backward import gradients_of, refuse_bypassed
 from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.memory import passes
-from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.engine.problem import Problem
+from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.layout import symmetric
 from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
 
+_log = logging.getLogger(__name__)
+
 Keep: TypeAlias = Callable[[slice, Params], None]
 """Takes the examples of a chunk and its Jacobian, {name: (m, c, *shape)}."""
 
-Jacobian: TypeAlias = Callable[["Problem", Inputs, list[str], int, bool, Keep], None]
+Jacobian: TypeAlias = Callable[[Problem, Inputs, list[str], int, bool, Keep], None]
 """`(problem, x, names, chunk, joint, keep)`: gives `keep` J by the named parameters."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A kernel to compute: f, the inputs of both sides, and what is made of J.
-
-    Args:
-        function: f(params, x) -> (n, c), differentiated in `function.params`.
-        x1: Inputs of the rows.
-        x2: Inputs of the columns; None for those of the rows.
-        outputs: How the output axes are contracted.
-        groups: Parameter name -> the part of the kernel it adds to.
-        scaling: Diagonal of Λ for each parameter, or None for the identity.
-        budget: Bytes of working memory.
-        joint: Whether the examples are known to depend on one another.
-    """
-
-    function: ModelFunction
-    x1: Inputs
-    x2: Inputs | None
-    outputs: Literal["full", "trace", "diagonal"]
-    groups: dict[str, str]
-    scaling: Scaling | None
-    budget: int
-    joint: bool
-
-    @property
-    def sides(self) -> list[Inputs]:
-        """The inputs to differentiate: one batch, or two for a cross kernel."""
-        return [self.x1] if self.x2 is None else [self.x1, self.x2]
 
 
 def contracted(problem: Problem, jacobian: Jacobian) -> dict[str, Kernel]:
@@ -130,10 +103,8 @@ def _held(
     jacobian(problem, x, list(columns), chunk, joint, keep)
     if problem.scaling is not None:
         for name, kept in columns.items():
-            like = params[name]
-            scale = torch.as_tensor(  # at once: a float is not a float32
-                problem.scaling[name], dtype=like.dtype, device=like.device
-            )
+            scale = problem.scale(name)
+            assert scale is not None
             root = scale.sqrt().expand(params[name].shape).reshape(-1)
             held[name] = held[name] * root[kept]
     return held
@@ -232,22 +203,59 @@ def _graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
     known = {tensor.untyped_storage().data_ptr() for tensor in leaf.values()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = function(leaf, x)
-    for node in graph_nodes(outputs):
-        name = function.originals.get(id(getattr(node, "variable", None)))
-        if name in function.params:
-            raise UnsupportedModelError(
-                f"the model reaches parameter {name!r} past its attribute of that name "
-                "(through a list, a closure, a partial), where its gradient would be "
-                "missed. Use the attribute in `forward`."
-            )
+    refuse_bypassed(function, outputs)
     saved = sum(size for pointer, size in kept.items() if pointer not in known)
     return outputs.shape[1], -(-saved // n)
+
+
+def checked_vmap(problem: Problem) -> dict[str, Kernel]:
+    """The kernel by `"vmap"`, whose entries of two examples are those of `"rows"`.
+
+    Some operators have rules in `torch.func` that give other numbers (PReLU where there
+    are as many examples as outputs, `cdist`).
+
+    Args:
+        problem: What to compute.
+
+    Returns:
+        One kernel for each part.
+
+    Raises:
+        UnsupportedModelError: If the numbers differ.
+    """
+    parts = contracted(problem, vmapped_jacobian)
+    ends = [0, -1]
+    pair = problem.at(ends)
+    rounding = 100 * torch.finfo(problem.function.dtype).eps ** 0.5
+    for part, expected in contracted(pair, row_jacobian).items():
+        found = parts[part][ends][:, ends]
+        size = expected.abs().max()
+        gap = (found - expected).abs().max()
+        if not expected.is_meta and gap > rounding * size:
+            raise UnsupportedModelError(
+                "torch.func gives other derivatives than autograd for this model: the "
+                f"kernel of two examples differs by {float(gap / size):.1e} of its "
+                'largest entry. Use route="rows" or route="auto".'
+            )
+    return parts
+
+
+def fallback(problem: Problem) -> dict[str, Kernel]:
+    """The first exact route that works on this model."""
+    try:
+        return checked_vmap(problem)
+    except (MemoryBudgetError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch.func raises many types
+        reason = (str(error).strip().splitlines() or [""])[0]
+        _log.info("route 'vmap' cannot go here (%s); using 'rows'", reason)
+    return ROUTES["rows"](problem)
 
 
 Route: TypeAlias = Callable[[Problem], dict[str, Kernel]]
 
 ROUTES: dict[str, Route] = {
-    "vmap": partial(contracted, jacobian=vmapped_jacobian),
+    "vmap": checked_vmap,
     "rows": partial(contracted, jacobian=row_jacobian),
 }
 """Name -> how a kernel is computed. All give the same numbers."""

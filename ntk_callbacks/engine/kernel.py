@@ -1,9 +1,6 @@
 """The empirical neural tangent kernel of any module."""
 
 import logging
-import re
-from collections.abc import Mapping
-from typing import get_args
 
 import torch
 from torch import nn
@@ -18,13 +15,16 @@ from ntk_callbacks._types import (
     ParameterFilter,
     Scaling,
 )
+from ntk_callbacks.engine.arguments import Request, check_choice
 from ntk_callbacks.engine.coupling import refuse_randomness
-from ntk_callbacks.engine.exact import ROUTES, Problem
-from ntk_callbacks.engine.memory import memory_bytes
-from ntk_callbacks.errors import MemoryBudgetError
-from ntk_callbacks.functional import ModelFunction, check_output_fn, compiled
+from ntk_callbacks.engine.exact import ROUTES, fallback
+from ntk_callbacks.engine.execution import run
+from ntk_callbacks.engine.plan import Plan
+from ntk_callbacks.engine.planner import planned_for
+from ntk_callbacks.engine.problem import Problem
+from ntk_callbacks.engine.sides import ChangedModelError
+from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.guard import measuring
-from ntk_callbacks.nested import batch_size
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def empirical_ntk(
     scaling: Scaling | None = None,
     output_fn: OutputFunction | None = None,
     mode: Mode = "eval",
-    route: str = "auto",
+    route: str | Plan = "auto",
     memory_budget: int | str | None = None,
 ) -> Kernel | dict[str, Kernel]:
     """Empirical neural tangent kernel Θ = J Λ Jᵀ with J = ∂f/∂θ.
@@ -67,7 +67,9 @@ def empirical_ntk(
             flattened into c.
         mode: `"eval"`, or `"train"`: the kernel of the joint batch through BatchNorm's
             batch statistics, whose running values do not move. Dropout is off in both.
-        route: `"auto"`, or a key of the routes (`"vmap"`, `"rows"`).
+        route: `"auto"` plans, proves the plan on two examples and carries it out; a
+            `Plan` from `plan_ntk` is carried out as it is; `"vmap"` and `"rows"`
+            differentiate every example and output.
         memory_budget: Working memory beside the result, in bytes or as `"2GiB"`;
             default a quarter of what the device has free.
 
@@ -93,148 +95,142 @@ def empirical_ntk(
         Jacot, Gabriel, Hongler 2018, arXiv:1806.07572. Costs of the routes: Novak,
         Sohl-Dickstein, Schoenholz 2022, arXiv:2206.08720.
     """
-    _check_choice("outputs", outputs, get_args(Outputs))
-    _check_choice("mode", mode, get_args(Mode))
-    _check_choice("route", route, ("auto", *ROUTES))
-    check_selection(parameters, by, output_fn)
-    if not (scaling is None or isinstance(scaling, Mapping)):
-        raise ValueError(
-            f"scaling is a {type(scaling).__name__}; expected a mapping of parameter "
-            "names to numbers or tensors of the parameter's shape."
-        )
+    request = Request(outputs, by, parameters, scaling, output_fn, mode, memory_budget)
+    if not isinstance(route, Plan):
+        check_choice("route", route, ("auto", *ROUTES))
     with measuring(model, mode):
-        function = ModelFunction(
-            model,
-            output_fn=output_fn,
-            parameters=parameters,
-            pseudo=outputs == "pseudo",
-        )
-        names = list(function.params)
-        problem = Problem(
-            function=function,
-            x1=function.prepare(x1),
-            x2=None if x2 is None else function.prepare(x2),
-            outputs="trace" if outputs == "pseudo" else outputs,
-            groups=parameter_groups(names, by),
-            scaling=_checked_scaling(scaling, function),
-            budget=memory_bytes(memory_budget, function.device),
-            joint=mode == "train",
-        )
-        for x in problem.sides:
-            if batch_size(x) == 0:
-                raise ValueError("empirical_ntk: the inputs hold no example.")
-            refuse_randomness(function, x)
-        parts = _automatic(problem) if route == "auto" else ROUTES[route](problem)
+        problem = request.problem(model, x1, x2)
+        if isinstance(route, Plan):
+            parts, _ = measured(problem, route.checked(problem))
+        elif route == "auto":
+            parts, _ = measured(problem, new_plan(problem))
+        else:
+            _refuse_randomness(problem)
+            parts = ROUTES[route](problem)
     return parts if by is not None else parts[""]
 
 
-def _automatic(problem: Problem) -> dict[str, Kernel]:
-    """The first route that works on this model."""
-    *fast, last = ROUTES
-    for name in fast:
-        try:
-            return ROUTES[name](problem)
-        except (MemoryBudgetError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # torch.func raises many types
-            reason = (str(error).strip().splitlines() or [""])[0]
-            _log.info("route %r cannot go here (%s); using %r", name, reason, last)
-    return ROUTES[last](problem)
+def plan_ntk(
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    *,
+    outputs: Outputs = "full",
+    by: Grouping = None,
+    parameters: ParameterFilter = None,
+    scaling: Scaling | None = None,
+    output_fn: OutputFunction | None = None,
+    mode: Mode = "eval",
+    memory_budget: int | str | None = None,
+) -> Plan:
+    """How `empirical_ntk` would compute a kernel, and what that takes.
 
-
-def check_selection(
-    parameters: object = None, by: object = None, output_fn: object = None
-) -> None:
-    """Refuse what `empirical_ntk` would refuse for any model.
-
-    Args:
-        parameters: What is to be passed as its `parameters`.
-        by: What is to be passed as its `by`.
-        output_fn: What is to be passed as its `output_fn`.
-
-    Raises:
-        ValueError: If one of them is of the wrong kind, or a pattern is no regular
-            expression.
-    """
-    if not (parameters is None or callable(parameters)):
-        compiled("parameters", parameters)
-    _patterns(by)
-    check_output_fn(output_fn)
-
-
-def _patterns(by: object) -> dict[str, re.Pattern[str]]:
-    """Part of the kernel -> what its parameters match; empty if `by` is no mapping."""
-    if isinstance(by, Mapping):
-        return {k: compiled(f"by[{k!r}]", p) for k, p in by.items()}
-    if not (by is None or (isinstance(by, str) and by in {"module", "parameter"})):
-        raise ValueError(
-            f"by={by!r}; expected None, 'module', 'parameter' or {{name: regex}}."
-        )
-    return {}
-
-
-def parameter_groups(names: list[str], by: Grouping) -> dict[str, str]:
-    """Parameter name -> name of the part of the kernel it adds to.
+    One forward pass of two examples shows where each parameter meets the data. For each
+    the operations and bytes of every way to contract it are counted, the cheapest is
+    taken, and the kernel it gives on two examples is held against plain autograd: a
+    parameter for which they differ takes an exact route, as does one that no rule
+    covers. `print` shows the plan as a table; `empirical_ntk(…, route=plan)` carries it
+    out again and again, while the model trains, without planning anew.
 
     Args:
-        names: Parameters of the kernel.
+        model: As in `empirical_ntk`, which has the same arguments.
+        x1: Inputs of the rows.
+        x2: Inputs of the columns.
+        outputs: As in `empirical_ntk`.
         by: As in `empirical_ntk`.
+        parameters: As in `empirical_ntk`.
+        scaling: As in `empirical_ntk`; its numbers may differ later, its shapes not.
+        output_fn: As in `empirical_ntk`.
+        mode: As in `empirical_ntk`.
+        memory_budget: As in `empirical_ntk`.
 
     Returns:
-        An entry for every name; all map to `""` if `by` is None.
+        A plan for kernels of this model, of these shapes and arguments.
 
     Raises:
-        ValueError: If `by` is not understood, or one of its patterns matches nothing.
+        ValueError: If an argument is not understood or nothing is selected.
+        UnsupportedModelError: If the kernel would be wrong or undefined.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> x = torch.randn(5, 3)
+        >>> plan = plan_ntk(model, x)
+        >>> plan.coverage
+        1.0
+        >>> empirical_ntk(model, x, route=plan).shape
+        torch.Size([5, 5, 2, 2])
+
+    References:
+        Novak, Sohl-Dickstein, Schoenholz 2022, arXiv:2206.08720 (structured
+        derivatives); Rochette et al. 2019, arXiv:1912.06015 (per-example gradients).
     """
-    patterns = _patterns(by)
-    if by is None:
-        return dict.fromkeys(names, "")
-    if by == "parameter":
-        return {name: name for name in names}
-    if by == "module":
-        return {name: name.rpartition(".")[0] for name in names}
-    groups = {
-        name: next((part for part, p in patterns.items() if p.search(name)), "rest")
-        for name in names
-    }
-    for part in patterns.keys() - set(groups.values()):
-        raise ValueError(
-            f"by: the pattern {patterns[part].pattern!r} of {part!r} takes no "
-            f"parameter; the names are {', '.join(names)}."
-        )
-    return groups
+    request = Request(outputs, by, parameters, scaling, output_fn, mode, memory_budget)
+    with measuring(model, mode):
+        return new_plan(request.problem(model, x1, x2))
 
 
-def _checked_scaling(
-    scaling: Scaling | None, function: ModelFunction
-) -> Scaling | None:
-    if scaling is None:
-        return None
-    missing = [name for name in function.params if name not in scaling]
-    unknown = [name for name in scaling if name not in function.params]
-    if missing or unknown:
-        raise ValueError(
-            "scaling needs one entry for each measured parameter; missing: "
-            f"{missing or 'none'}, not measured: {unknown or 'none'}."
-        )
-    for name, value in scaling.items():
+def new_plan(problem: Problem) -> Plan:
+    """A plan for a problem, after a look at what no plan could mend.
+
+    Args:
+        problem: The kernel, its model in the state it is measured in.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedModelError: If the model draws random numbers.
+    """
+    _refuse_randomness(problem)
+    return planned_for(problem)
+
+
+def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
+    """Carry out a plan, and if it cannot be carried out, another one.
+
+    Args:
+        problem: The kernel.
+        plan: A plan for it.
+
+    Returns:
+        The parts of the kernel, and the plan that gave them.
+
+    Raises:
+        MemoryBudgetError: If not even one example fits into the budget.
+        UnsupportedModelError: If the kernel would be wrong or undefined.
+    """
+    while True:
         try:
-            scale = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"scaling[{name!r}] is {value!r}; expected a number or a tensor."
-            ) from error
-        shape = function.params[name].shape
-        if scale.ndim and scale.shape != shape:
-            raise ValueError(
-                f"scaling[{name!r}] has shape {tuple(scale.shape)}; expected a number "
-                f"or the parameter's shape {tuple(shape)}."
-            )
-        if not scale.is_meta and not (scale.isfinite() & (scale >= 0)).all():
-            raise ValueError(f"scaling[{name!r}] must be finite and not negative.")
-    return scaling
+            return run(plan, problem), plan
+        except (MemoryBudgetError, UnsupportedModelError):
+            raise
+        except ChangedModelError as change:
+            again = new_plan(problem)
+            if again == plan:
+                plan = plan.all_exact(f"it does something else each time ({change})")
+            else:
+                plan = again
+            _log.info("%s: planned anew, because %s", plan.model, change)
+        except Exception as error:
+            if not _out_of_memory(error):
+                _log.warning("%s: no fast route (%r)", plan.model, error)
+                return fallback(problem), plan.all_exact(str(error))
+            if plan.budget < _SMALLEST_BUDGET:
+                raise
+            plan = plan.within(plan.budget // 2)
+            _log.warning("%s: out of memory; half the budget is tried", plan.model)
 
 
-def _check_choice(argument: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{argument}={value!r}; expected one of {', '.join(valid)}.")
+_SMALLEST_BUDGET = 2**20
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+def _refuse_randomness(problem: Problem) -> None:
+    for x in problem.sides:
+        refuse_randomness(problem.function, x)

@@ -7,8 +7,8 @@ from torch import nn
 
 from ntk_callbacks import metrics
 from ntk_callbacks._types import Mode, OutputFunction
+from ntk_callbacks.engine.arguments import check_selection
 from ntk_callbacks.engine.input_jacobian import input_singular_values
-from ntk_callbacks.engine.kernel import check_selection
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.instruments.instrument import checked_name, numbers, one_of
 from ntk_callbacks.probe import Probe

@@ -16,8 +16,9 @@ from ntk_callbacks._types import (
     Outputs,
     ParameterFilter,
 )
+from ntk_callbacks.engine.arguments import check_selection
 from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import check_selection, empirical_ntk
+from ntk_callbacks.engine.kernel import empirical_ntk
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import ProbeMismatchError
 from ntk_callbacks.functional import ModelFunction

@@ -7,7 +7,7 @@ from torch import nn
 
 from ntk_callbacks import metrics
 from ntk_callbacks._types import ParameterFilter, Params
-from ntk_callbacks.engine.kernel import check_selection
+from ntk_callbacks.engine.arguments import check_selection
 from ntk_callbacks.functional import select_parameters
 from ntk_callbacks.instruments.instrument import checked_name, numbers, tag_name
 from ntk_callbacks.metrics.drift import distance, norm

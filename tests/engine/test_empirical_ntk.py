@@ -22,8 +22,8 @@ from oracles import jacobian_by_differences, ntk_by_loop, relative_error
 from torch import nn
 
 from ntk_callbacks import as_matrix, empirical_ntk
+from ntk_callbacks.engine.arguments import check_selection, parameter_groups
 from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import check_selection, parameter_groups
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.layout import symmetric

@@ -1,0 +1,166 @@
+"""Holds a plan against plain autograd, on the user's own model."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ntk_callbacks._types import Inputs, Kernel, Params
+from ntk_callbacks.engine.backward import gradients_of
+from ntk_callbacks.engine.contraction import Contracted, Products
+from ntk_callbacks.engine.execution import contracted_term, run
+from ntk_callbacks.engine.plan import Plan
+from ntk_callbacks.engine.problem import Problem
+from ntk_callbacks.engine.sides import Side
+from ntk_callbacks.layout import symmetric
+
+_COMBINATIONS = 2  # of the outputs, drawn at random
+
+
+def failures(plan: Plan, problem: Problem, params: Params, x: Inputs) -> dict[str, str]:
+    """The parameters whose kernel is not that of plain autograd.
+
+    Every term is computed for random combinations of the outputs, and so are the
+    gradients, by ordinary backward passes through the untouched model.
+
+    Args:
+        plan: The plan.
+        problem: The kernel it is made for.
+        params: Values of the parameters.
+        x: Two examples.
+
+    Returns:
+        Parameter -> what was found; empty if the plan is right.
+    """
+    wrong: dict[str, str] = {}
+    for names, error, explained in _compared(plan, problem, params, x, seed=0):
+        if not explained:
+            reason = f"its kernel was off by {error:.1e} in an audit"
+            wrong |= dict.fromkeys(names, reason)
+    return wrong
+
+
+def audit_error(
+    plan: Plan, problem: Problem, parts: dict[str, Kernel], seed: int
+) -> float:
+    """How far a measured kernel is from plain autograd, on two of its examples.
+
+    Their block of the kernel is computed once more from these two examples alone, which
+    tells whether others had an influence, and each term of it is held against plain
+    autograd for random combinations of the outputs.
+
+    Args:
+        plan: The plan of the measurement.
+        problem: What was computed.
+        parts: The result.
+        seed: Of the examples and the combinations.
+
+    Returns:
+        Largest error of an entry Θ[i, j] in units of √(Θ[i, i] Θ[j, j]): some round-off
+        if all is well. NaN if the kernel is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(problem.sizes[0], generator=generator)[:2].sort().values
+    some = replace(problem, x2=None).at(chosen.tolist())
+    params = problem.function.params | problem.function.fixed
+    errors = [error for _, error, _ in _compared(plan, problem, params, some.x1, seed)]
+    if not plan.coupled and problem.x2 is None:
+        again = torch.stack(list(run(plan, some).values())).sum(0)
+        whole = torch.stack(list(parts.values())).sum(0)
+        place = chosen.to(whole.device)
+        difference = whole[place][:, place] - again
+        errors.append(_error(difference, _norms(again, problem.outputs)))
+    return max(errors, default=0.0)
+
+
+def _compared(
+    plan: Plan, problem: Problem, params: Params, x: Inputs, seed: int
+) -> list[tuple[set[str], float, bool]]:
+    """For each group of parameters: names, error, whether round-off explains it."""
+    if not plan.names:
+        return []
+    function, names, outputs = problem.function, plan.names, problem.outputs
+    c = plan.sizes.o
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(c, min(c, _COMBINATIONS), generator=generator)
+    mix = mix.to(function.device, function.dtype)
+    rows = _rows(problem, params, x, names, mix)
+    parts = {name: _products([j], outputs) for name, j in rows.items()}
+    norms = {name: _norms(kernel, outputs) for name, kernel in parts.items()}
+    whole = torch.stack(list(norms.values())).sum(0)
+    side = Side(function, params, x, plan.places, list(plan.sizes_of), mix)
+    if plan.terms:
+        side.differentiate(plan.terms, plan.together)
+    found: dict[str, Tensor] = {}
+    covered: dict[str, set[str]] = {}
+    for term in plan.terms:
+        with torch.no_grad():
+            kernel = contracted_term(
+                term, [side], outputs, problem.scale, plan.workspace
+            )
+        found[term.name] = found.get(term.name, 0) + symmetric(kernel)
+        covered.setdefault(term.name, set()).update(term.names)
+    for name in names:
+        if not any(name in group for group in covered.values()):  # unused, it seems
+            found[name], covered[name] = torch.zeros_like(parts[name]), {name}
+    eps = torch.finfo(function.dtype).eps
+    result = []
+    for name, kernel in found.items():
+        expected = torch.stack([parts[n] for n in sorted(covered[name])]).sum(0)
+        scale = torch.stack([norms[n] for n in sorted(covered[name])]).sum(0)
+        # A gradient that vanishes but for round-off is only known to that round-off.
+        floor = 1e3 * eps**1.5 * whole
+        error = _error(kernel - expected, scale + floor)
+        explained = error <= 10 * eps**0.5 or not expected.isfinite().all()
+        result.append((covered[name], error, bool(explained)))
+    return result
+
+
+def _rows(
+    problem: Problem, params: Params, x: Inputs, names: list[str], mix: Tensor
+) -> dict[str, Tensor]:
+    """√Λ ∂(combinations of f)/∂θ by plain autograd, `(o, n, numbers)` by parameter."""
+    function = problem.function
+    leaves = {
+        name: tensor.detach().requires_grad_(
+            name in function.params or name in function.trained
+        )
+        for name, tensor in params.items()
+    }
+    wanted = [leaves[name] for name in names]
+
+    def differentiate(outputs: Tensor) -> list[list[list[Tensor]]]:
+        row = gradients_of(outputs)
+        return [[row(f @ m, wanted) for f in outputs] for m in mix.mT]
+
+    found = function.during(leaves, x, differentiate)
+    rows = {}
+    for index, name in enumerate(names):
+        j = torch.stack([torch.stack([e[index] for e in o]) for o in found])
+        scale = problem.scale(name)
+        scaled = j if scale is None else j * scale.sqrt()
+        rows[name] = scaled.detach().reshape(*j.shape[:2], -1)
+    return rows
+
+
+def _products(blocks: list[Tensor], outputs: Contracted) -> Tensor:
+    products = Products(outputs, symmetric=False)
+    for j in blocks:
+        products.add(j, None)
+    return products.kernel(len(blocks[0]))
+
+
+def _norms(kernel: Kernel, outputs: Contracted) -> Tensor:
+    """√(Θ[i, i] Θ[j, j]) for every entry, from the diagonals over the outputs too."""
+    own = kernel.diagonal(dim1=0, dim2=1)
+    if outputs == "full":
+        root = own.diagonal(dim1=0, dim2=1).clamp(min=0).sqrt()  # (n, o)
+        return root[:, None, :, None] * root[None, :, None, :]
+    root = own.movedim(-1, 0).clamp(min=0).sqrt()
+    return root[:, None] * root[None, :]
+
+
+def _error(difference: Tensor, scale: Tensor) -> float:
+    ratio = difference.abs() / scale
+    ratio = torch.where((difference == 0) & (scale == 0), 0.0, ratio)
+    return float(ratio.max())

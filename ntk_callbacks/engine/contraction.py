@@ -1,0 +1,355 @@
+"""From gradients at the taps to kernels: the ways to contract one weight.
+
+Everywhere o outputs, n examples, t positions, weights c×d; `left` and `right` are the
+rows and the columns of the kernel. The routes give the same numbers:
+
+- *materialized*: the rows of J, a block of columns at a time, then their products;
+  R·t·d·c + R²·c·d multiply-adds for R = n·o.
+- *paired*: Σ over positions t, t' of (a aᵀ) ⊙ (g gᵀ); no gradient is ever formed.
+- *factored*: (a aᵀ) applied to g, then contracted with g, for each pair of examples.
+
+Of a kernel of one side with itself only the upper triangle is sure to be there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ntk_callbacks._types import Kernel
+from ntk_callbacks.engine.factors import Lookup, Outer
+
+Contracted: TypeAlias = Literal["full", "trace", "diagonal"]
+
+
+@dataclass(frozen=True)
+class Strand:
+    """One use of a weight on one side of the kernel.
+
+    Args:
+        use: How gradients become rows of J.
+        g: For each output, the gradient `(n, q, t, c)`.
+    """
+
+    use: Outer
+    g: list[Tensor]
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.use.data)
+
+    def a(self, rows: slice) -> Tensor:
+        """`(m, q, t, d)` of some examples."""
+        return self.use.left(self.use.data[rows])
+
+
+class Products:
+    """Adds up J₁ J₂ᵀ over blocks of columns, with what `outputs` keeps of it.
+
+    Args:
+        outputs: Both output axes, their trace or their diagonal.
+        symmetric: Whether both sides are the same; half of the products is then left
+            out.
+    """
+
+    def __init__(self, outputs: Contracted, symmetric: bool) -> None:
+        self.outputs = outputs
+        self.symmetric = symmetric
+        self._sum: Tensor | None = None
+
+    def add(self, j1: Tensor, j2: Tensor | None) -> None:
+        """Add the products of one block of columns, `(o, n, columns)`; None for j1."""
+        o, n1, _ = j1.shape
+        j2 = j1 if j2 is None else j2
+        n2 = j2.shape[1]
+        if self.outputs == "full":
+            if self._sum is None:
+                self._sum = j1.new_zeros(o * n1, o * n2)
+            add_product(
+                self._sum, j1.flatten(0, 1), j2.flatten(0, 1).mT, self.symmetric
+            )
+        else:
+            if self._sum is None:
+                self._sum = j1.new_zeros(o, n1, n2)
+            self._sum.baddbmm_(j1, j2.mT)
+
+    def kernel(self, o: int) -> Kernel:
+        """`(n1, n2, o, o)`, `(n1, n2)` summed over outputs, or `(n1, n2, o)`."""
+        assert self._sum is not None
+        total = self._sum
+        if self.outputs == "trace":
+            return total.sum(0)
+        if self.outputs == "diagonal":
+            return total.permute(1, 2, 0)
+        if self.symmetric:
+            total = total.triu() + total.triu(1).mT
+        n1, n2 = (size // o for size in total.shape)
+        return total.view(o, n1, o, n2).permute(1, 3, 0, 2)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
+    """Add `left @ right` to `total`; only its upper triangle if that is enough."""
+    count = 1
+    if symmetric:
+        count = 4 if len(left) >= 256 else 2 if len(left) >= 64 else 1
+    size = -(-len(left) // count)
+    for start in range(0, len(left), size):
+        block = total[start : start + size, start if symmetric else 0 :]
+        columns = right[:, start:] if symmetric else right
+        block.addmm_(left[start : start + size], columns)
+
+
+def materialized(
+    left: list[Strand],
+    right: list[Strand] | None,
+    outputs: Contracted,
+    workspace: int,
+    root: Tensor | None = None,
+) -> Kernel:
+    """The kernel by the rows of J, some columns at a time.
+
+    Args:
+        left: All uses of the weight on the side of the rows.
+        right: Those on the side of the columns; None for the same side.
+        outputs: What is kept of the output axes.
+        workspace: Numbers that may be allocated at a time.
+        root: √Λ as `(q, c, d)`; None for 1.
+
+    Returns:
+        The kernel, summed over the outputs for `"trace"`.
+    """
+    q, _, c, d = left[0].use.shape
+    o = len(left[0].g)
+    n = sum(side[0].n for side in (left, right) if side)
+    width = max(1, min(d, workspace // max(1, o * n * q * c)))
+    products = Products(outputs, right is None)
+    kept = {id(side): _all_a(side, workspace) for side in (left, right) if side}
+    for start in range(0, d, width):
+        columns = slice(start, min(start + width, d))
+        j = [
+            _columns_of_j(side, kept[id(side)], columns, workspace, root)
+            for side in (left, right)
+            if side
+        ]
+        products.add(j[0], j[1] if right else None)
+    return products.kernel(o)
+
+
+def _all_a(side: list[Strand], workspace: int) -> list[Tensor] | None:
+    """The factors a of all examples, if there is room for them."""
+    if sum(s.n * s.use.scratch for s in side) > workspace:
+        return None
+    return [s.a(slice(None)) for s in side]
+
+
+def _columns_of_j(
+    side: list[Strand],
+    kept: list[Tensor] | None,
+    columns: slice,
+    workspace: int,
+    root: Tensor | None,
+) -> Tensor:
+    """`(o, n, q·c·columns)`, summed over the uses."""
+    q, _, c, _ = side[0].use.shape
+    o, n, width = len(side[0].g), side[0].n, columns.stop - columns.start
+    j = side[0].g[0].new_empty(o, n, q, c, width)
+    for index, strand in enumerate(side):
+        chunk = n if kept else max(1, workspace // max(1, strand.use.scratch))
+        for rows in _slices(n, chunk):
+            a = strand.a(rows) if kept is None else kept[index]
+            a = a[..., columns].flatten(0, 1)
+            for k in range(o):
+                g = strand.g[k][rows].flatten(0, 1).mT
+                block = j[k, rows].view(-1, c, width)
+                if index == 0:
+                    torch.bmm(g, a, out=block)
+                else:
+                    block.baddbmm_(g, a)
+    if root is not None:
+        j *= root[..., columns]
+    return j.flatten(2)
+
+
+def paired(
+    left: list[Strand],
+    right: list[Strand] | None,
+    outputs: Contracted,
+    workspace: int,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Kernel:
+    """The kernel by products of pairs of positions; for `"full"` there is one position.
+
+    Args:
+        left: All uses of the weight on the side of the rows.
+        right: Those on the side of the columns; None for the same side.
+        outputs: What is kept of the output axes.
+        workspace: Numbers that may be allocated at a time.
+        scale: Λ of the weight.
+        offset: Λ of the bias that goes with it.
+
+    Returns:
+        The kernel, summed over the outputs for `"trace"`.
+    """
+    o = len(left[0].g)
+    a1, a2 = _positions(left), _positions(right or left)
+    if outputs == "full":
+        weights = (a1[:, 0] @ a2[:, 0].mT).mul_(scale).add_(offset)
+        g1 = _stacked(left)[:, :, 0].transpose(0, 1).flatten(0, 1)  # (n·o, c)
+        g2 = (
+            g1
+            if right is None
+            else _stacked(right)[:, :, 0].transpose(0, 1).flatten(0, 1)
+        )
+        gram = g1.new_zeros(len(g1), len(g2))
+        add_product(gram, g1, g2.mT, right is None)
+        blocks = gram.view(len(a1), o, len(a2), o).transpose(1, 2)
+        return blocks * weights[:, :, None, None]
+    g1, g2 = _stacked(left), _stacked(right or left)
+    (n1, t, _), (n2, t2, _) = a1.shape, a2.shape
+    kernel = a1.new_zeros(o if outputs == "diagonal" else 1, n1, n2)
+    for rows in _slices(n1, max(1, workspace // (3 * t * t2 * n2))):
+        columns = slice(rows.start if right is None else 0, n2)
+        weights = a1[rows].flatten(0, 1) @ a2[columns].flatten(0, 1).mT
+        weights.mul_(scale).add_(offset)
+        sums = torch.zeros_like(weights)
+        for k in range(o):
+            if outputs == "diagonal":
+                sums.zero_()
+            sums.addmm_(g1[k, rows].flatten(0, 1), g2[k, columns].flatten(0, 1).mT)
+            if outputs == "diagonal" or k == o - 1:
+                block = (weights * sums).view(-1, t, columns.stop - columns.start, t2)
+                kernel[k if outputs == "diagonal" else 0, rows, columns] = block.sum(
+                    (1, 3)
+                )
+    return kernel.permute(1, 2, 0) if outputs == "diagonal" else kernel[0]
+
+
+def factored(
+    left: list[Strand],
+    right: list[Strand] | None,
+    workspace: int,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Kernel:
+    """The full kernel by a aᵀ applied to g, for each pair of examples.
+
+    Args:
+        left: All uses of the weight on the side of the rows.
+        right: Those on the side of the columns; None for the same side.
+        workspace: Numbers that may be allocated at a time.
+        scale: Λ of the weight.
+        offset: Λ of the bias that goes with it.
+
+    Returns:
+        `(n1, n2, o, o)`.
+    """
+    a1, a2 = _positions(left), _positions(right or left)
+    (n1, t1, d), (n2, t2, _) = a1.shape, a2.shape
+    g1 = _stacked(left).transpose(0, 1).flatten(2)  # (n1, o, t·c)
+    g2 = _stacked(right or left).permute(1, 2, 3, 0)  # (n2, t, c, o)
+    g2 = g2.reshape(n2, t2, -1)
+    o = g1.shape[1]
+    kernel = a1.new_zeros(n1, n2, o, o)
+    size = max(1, workspace // (t1 * (t2 + g2.shape[2])))
+    for m in range(n2):
+        last = m + 1 if right is None else n1
+        for rows in _slices(last, size):
+            s = a1[rows].reshape(-1, d) @ a2[m].mT
+            if (scale, offset) != (1.0, 0.0):
+                s.mul_(scale).add_(offset)
+            applied = (s @ g2[m]).view(rows.stop - rows.start, -1, o)
+            kernel[rows, m] = g1[rows] @ applied
+    return kernel
+
+
+def looked_up(
+    left: list[tuple[Lookup, list[Tensor]]],
+    right: list[tuple[Lookup, list[Tensor]]] | None,
+    outputs: Contracted,
+    workspace: int,
+) -> Kernel:
+    """The kernel of a table: rows of different ids are orthogonal.
+
+    Ids that several examples share are treated as columns of J; those of one example
+    add to its own block of the kernel only.
+
+    Args:
+        left: Uses of the table with their gradients `(n, t, c)`, one for each output.
+        right: Those on the side of the columns; None for the same side.
+        outputs: What is kept of the output axes.
+        workspace: Numbers that may be allocated at a time.
+
+    Returns:
+        The kernel, summed over the outputs for `"trace"`.
+    """
+    ids1, g1 = _read(left)
+    ids2, g2 = _read(right) if right else (ids1, g1)
+    o, (n1, _), n2, c = len(g1), ids1.shape, len(ids2), g1[0].shape[-1]
+    if right is None:
+        owned = torch.cat([torch.unique(row[row >= 0]) for row in ids1])
+        found, count = torch.unique(owned, return_counts=True)
+        shared = found[count > 1]
+    else:
+        shared = torch.unique(ids1[torch.isin(ids1, ids2)])
+        shared = shared[shared >= 0]
+    products = Products(outputs, right is None)
+    products.add(
+        g1[0].new_zeros(o, n1, 1), g1[0].new_zeros(o, n2, 1) if right else None
+    )
+    width = max(1, workspace // (o * (n1 + n2) * c))
+    for block in shared.split(width):
+        j1 = _rows_of_ids(ids1, g1, block)
+        products.add(j1, _rows_of_ids(ids2, g2, block) if right else None)
+    kernel = products.kernel(o)
+    if right is None:
+        kernel = kernel.clone()
+        alone = torch.where(torch.isin(ids1, shared), -1, ids1)
+        first = (alone[:, :, None] == alone[:, None, :]).int().argmax(-1)
+        first = torch.where(alone < 0, -1, first)  # a number for each id of an example
+        rows = torch.stack([Lookup.summed(g, first, alone.shape[1]) for g in g1], 1)
+        rows = rows.flatten(2)  # (n, o, t·c)
+        diagonal = range(n1)
+        if outputs == "full":
+            kernel[diagonal, diagonal] += rows @ rows.mT
+        else:
+            squares = rows.square().sum(-1)
+            kernel[diagonal, diagonal] += (
+                squares if outputs == "diagonal" else squares.sum(1)
+            )
+    return kernel
+
+
+def _read(side: list[tuple[Lookup, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
+    """All positions that read the table: `(n, t)` ids and o times `(n, t, c)`."""
+    ids = torch.cat([use.ids for use, _ in side], 1)
+    g = [torch.cat(parts, 1) for parts in zip(*(g for _, g in side), strict=True)]
+    return ids, g
+
+
+def _rows_of_ids(ids: Tensor, g: list[Tensor], block: Tensor) -> Tensor:
+    """`(o, n, ids in the block · c)` of J; the block is sorted."""
+    place = torch.searchsorted(block, ids.contiguous()).clamp(max=len(block) - 1)
+    place = torch.where(block[place] == ids, place, -1)
+    rows = [Lookup.summed(gradient, place, len(block)) for gradient in g]
+    return torch.stack(rows).flatten(2)
+
+
+def _positions(side: list[Strand]) -> Tensor:
+    """The factors a of all uses, one after the other: `(n, t, d)`."""
+    parts = [strand.a(slice(None)).squeeze(1) for strand in side]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
+
+
+def _stacked(side: list[Strand]) -> Tensor:
+    """The gradients of all uses, `(o, n, t, c)`."""
+    uses = [torch.stack(strand.g).squeeze(2) for strand in side]
+    return (uses[0] if len(uses) == 1 else torch.cat(uses, 2)).contiguous()
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

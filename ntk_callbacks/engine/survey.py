@@ -1,0 +1,294 @@
+"""What a plan is made from: the taps of a model, and where the examples lie in them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ntk_callbacks._types import Inputs, Params
+from ntk_callbacks.engine.backward import graph_nodes, refuse_bypassed
+from ntk_callbacks.engine.batch_axis import BatchAxis, located
+from ntk_callbacks.engine.factors import Call, Outer, Use, unexpanded
+from ntk_callbacks.engine.rules import RULES, Rule, local
+from ntk_callbacks.engine.taps import Recorder, Tap
+from ntk_callbacks.engine.terms import Member, View, roots, view_of
+from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.nested import batch_size, map_tensors
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward pass with its taps.
+
+    Args:
+        parameters: The leaves that were differentiated.
+        outputs: `(n, c)`.
+        taps: In the order of the forward pass.
+    """
+
+    parameters: Params
+    outputs: Tensor
+    taps: list[Tap]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a plan remembers of a tap, to know it again.
+
+    Args:
+        function: Name of the torch function.
+        shape: Shape of the output, with what one example takes of its batch axis.
+        sources: The parameters behind each slot, and the view where it is one.
+        axis: Batch axis of the output; None if nothing depends on this tap.
+        rule: How its rows follow.
+    """
+
+    function: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[tuple[str, ...], View | None], ...]
+    axis: BatchAxis | None
+    rule: Rule | None
+
+
+@dataclass
+class Survey:
+    """The taps of a model on a few examples, and the parameters that they cover.
+
+    Args:
+        recording: The forward pass.
+        places: For each tap.
+        calls: For each tap that matters.
+        uses: For each tap, what is known of its slots.
+        members: Parameter -> its uses.
+        exact: Parameter -> why it has to take an exact route.
+    """
+
+    recording: Recording
+    places: list[Place]
+    calls: list[Call | None]
+    uses: list[list[Use]]
+    members: dict[str, list[Member]] = field(default_factory=dict)
+    exact: dict[str, str] = field(default_factory=dict)
+
+
+def record(
+    function: ModelFunction, params: Params, x: Inputs, names: list[str]
+) -> Recording:
+    """Run the model, and note where the named parameters meet the data.
+
+    Args:
+        function: The model.
+        params: Values of its parameters.
+        x: A batch.
+        names: The parameters to differentiate.
+
+    Returns:
+        The outputs, whose graph ends at the taps.
+    """
+    leaves = {name: params[name].detach().requires_grad_() for name in names}
+
+    def from_data(tensor: Tensor) -> Tensor:
+        differentiable = tensor.is_floating_point()
+        return tensor.detach().requires_grad_() if differentiable else tensor
+
+    inputs = map_tensors(from_data, x)
+    recorder = Recorder(leaves, inputs, RULES)
+    with recorder:
+        outputs = function(params | leaves, inputs)
+    refuse_bypassed(function, outputs)
+    return Recording(leaves, outputs, recorder.taps)
+
+
+def gradients_at(
+    taps: list[Tap], number: Tensor, directions: Tensor | None = None
+) -> list[Tensor]:
+    """The gradients of a number by the outputs of taps, zero where there is no path.
+
+    Args:
+        taps: Where to stop; their graph is kept.
+        number: What to differentiate, or a vector of numbers.
+        directions: For a vector, the rows of the result in terms of its entries; all
+            of them are differentiated in one backward pass.
+
+    Returns:
+        For each tap a tensor of its shape, behind an axis for the directions if given.
+    """
+    lead = () if directions is None else (len(directions),)
+    found = torch.autograd.grad(
+        number,
+        [tap.edge for tap in taps],
+        directions,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=directions is not None,
+    )
+    return [
+        number.new_zeros(*lead, *tap.shape) if gradient is None else gradient
+        for tap, gradient in zip(taps, found, strict=True)
+    ]
+
+
+def surveyed(
+    function: ModelFunction, params: Params, x: Inputs, names: list[str]
+) -> Survey:
+    """Find out how each parameter acts on the outputs.
+
+    Args:
+        function: The model, whose examples do not depend on one another.
+        params: Values of its parameters at which no contribution vanishes.
+        x: At least two examples.
+        names: The parameters to differentiate.
+
+    Returns:
+        What a plan needs to know.
+    """
+    recording = record(function, params, x, names)
+    n = batch_size(x)
+    axes = _axes(recording, n)
+    survey = Survey(recording, [], [], [])
+    for name in _in_graph(recording):
+        survey.exact[name] = "it is used by a function without a rule"
+    for index, tap in enumerate(recording.taps):
+        axis = axes[index]
+        sources = tuple(
+            _described(s, recording.parameters) for s in tap.sources.values()
+        )
+        touched = {name for names, _ in sources for name in names}
+        uses: list[Use] = []
+        rule = call = None
+        if isinstance(axis, str):
+            survey.exact |= dict.fromkeys(touched, axis)
+            axis = None
+        elif axis is not None:
+            call = Call(tap, axis, n)
+            rule, uses = _uses(call)
+            if rule is None:
+                name = getattr(tap.function, "__name__", str(tap.function))
+                survey.exact |= dict.fromkeys(
+                    touched, f"no rule fits its use in {name}"
+                )
+        survey.places.append(_place(tap, sources, axis, rule, n))
+        survey.calls.append(call)
+        survey.uses.append(uses)
+        for slot in range(len(uses)):
+            found, view = sources[slot]
+            for name in found:
+                survey.members.setdefault(name, []).append(Member(index, slot, view))
+    return survey
+
+
+def _axes(recording: Recording, n: int) -> list[BatchAxis | str | None]:
+    """For each tap its batch axis, None if nothing depends on it, or what is wrong."""
+    taps, outputs = recording.taps, recording.outputs
+    if outputs.is_meta:
+        return [BatchAxis(0) for _ in taps]
+    if not (taps and outputs.requires_grad):
+        return [None for _ in taps]
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(outputs.shape, generator=generator).to(outputs)
+    found = [
+        gradients_at(taps, example @ direction)
+        for example, direction in zip(outputs, directions, strict=True)
+    ]
+    reached = torch.autograd.grad(
+        (outputs * directions).sum(),
+        [tap.edge for tap in taps],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return [
+        None
+        if gradient is None
+        else located(list(parts)) or "its use has no axis that the examples run along"
+        for gradient, parts in zip(reached, zip(*found, strict=True), strict=True)
+    ]
+
+
+def _uses(call: Call) -> tuple[Rule | None, list[Use]]:
+    """The rule that applies, and what it says of each slot."""
+    for rule in (RULES.get(call.tap.function), local):
+        if rule is None:
+            continue
+        try:
+            return rule, uses_of(call, rule)
+        except Exception:  # a rule may fail in any way on arguments it does not know
+            continue
+    return None, []
+
+
+def uses_of(call: Call, rule: Rule) -> list[Use]:
+    """What a rule says of each slot of a tap.
+
+    Args:
+        call: The tap.
+        rule: Its rule.
+
+    Returns:
+        A use for each slot.
+
+    Raises:
+        LookupError: If the rule does not apply.
+    """
+    tap = call.tap
+    uses = rule(call, *tap.args, **tap.kwargs)
+    call.expect(uses.keys() == tap.sources.keys(), "not every parameter has a rule")
+    for key, use in uses.items():
+        if isinstance(use, Outer):
+            source = tap.sources[key]
+            call.expect(unexpanded(source).shape == source.shape, "a repeated weight")
+    return [uses[key] for key in tap.sources]
+
+
+def _described(
+    source: Tensor, parameters: Params
+) -> tuple[tuple[str, ...], View | None]:
+    names = tuple(roots(source, parameters))
+    return names, view_of(source, parameters[names[0]]) if len(names) == 1 else None
+
+
+def _place(
+    tap: Tap,
+    sources: tuple[tuple[tuple[str, ...], View | None], ...],
+    axis: BatchAxis | None,
+    rule: Rule | None,
+    n: int,
+) -> Place:
+    shape = list(tap.shape)
+    if axis is not None:
+        shape[axis.axis] //= n
+    name = getattr(tap.function, "__name__", str(tap.function))
+    return Place(name, tuple(shape), sources, axis, rule)
+
+
+def known_again(places: Sequence[Place], recording: Recording, n: int) -> bool:
+    """Whether a forward pass has the taps that a plan was made for.
+
+    Args:
+        places: Those of the plan.
+        recording: The forward pass.
+        n: Its number of examples.
+
+    Returns:
+        False if the model does something else than it did then.
+    """
+    if len(places) != len(recording.taps):
+        return False
+    for place, tap in zip(places, recording.taps, strict=True):
+        sources = tuple(
+            _described(s, recording.parameters) for s in tap.sources.values()
+        )
+        if _place(tap, sources, place.axis, place.rule, n) != place:
+            return False
+        if place.axis is not None and tap.shape[place.axis.axis] % n:
+            return False
+    return True
+
+
+def _in_graph(recording: Recording) -> Iterator[str]:
+    """Parameters that autograd reaches past the taps."""
+    names = {id(leaf): name for name, leaf in recording.parameters.items()}
+    for node in graph_nodes(recording.outputs):
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            yield name

@@ -1,0 +1,380 @@
+"""Parameters in unusual places: sliced, shared, written into, computed from data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Case, Computed, mlp, pairs, sequences, tokens, vectors
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+Compute = Callable[[Any, Tensor], Tensor]
+
+
+def between(compute: Compute, after: int = 6, **shapes: tuple[int, ...]) -> nn.Module:
+    """A computation with random parameters between two linear layers."""
+    return Computed(
+        lambda self, x: self.head(torch.tanh(compute(self, self.stem(x)))),
+        stem=nn.Linear(5, 6),
+        head=nn.Linear(after, 2),
+        **{name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()},
+    )
+
+
+def on_tokens(compute: Compute, after: int = 6, **shapes: tuple[int, ...]) -> nn.Module:
+    """The same on sequences (n, 4, 6), averaged over time."""
+    model = between(lambda self, x: compute(self, x).mean(1), after, **shapes)
+    model.stem = nn.Linear(6, 6)
+    return model
+
+
+# Graphs.
+
+
+def graphs(n: int = 3) -> tuple[Tensor, Tensor]:
+    """Dense adjacency and features, a graph of 4 nodes for each example."""
+    edges = (torch.rand(n, 4, 4) < 0.5).float()
+    adjacency = edges.maximum(edges.mT).maximum(torch.eye(4))
+    root = adjacency.sum(-1).rsqrt()
+    return root[:, :, None] * adjacency * root[:, None], torch.randn(n, 4, 5)
+
+
+def graph_convolution() -> nn.Module:
+    """A X W for each graph, then a sum over its nodes."""
+
+    def compute(self: Any, adjacency: Tensor, x: Tensor) -> Tensor:
+        x = torch.relu(adjacency @ x @ self.first + self.bias)
+        return self.head((adjacency @ (x @ self.second)).sum(1))
+
+    return Computed(
+        compute,
+        first=nn.Parameter(torch.randn(5, 6)),
+        bias=nn.Parameter(torch.randn(6)),
+        second=nn.Parameter(torch.randn(6, 6)),
+        head=nn.Linear(6, 2),
+    )
+
+
+class NodeClassifier(nn.Module):
+    """One graph, whose nodes are the examples: each sees its neighbors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        edges = [[0, 1, 1, 2, 2, 3, 3, 0], [1, 0, 2, 1, 3, 2, 0, 3]]
+        self.register_buffer("edges", torch.tensor(edges))
+        self.message, self.root = nn.Linear(5, 6, bias=False), nn.Linear(5, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, target = self.edges
+        messages = self.message(x)[source]
+        received = x.new_zeros(len(x), 6).index_add(0, target, messages)
+        return self.head(torch.relu(self.root(x) + received / 2))
+
+
+class NodeClassifierDense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        ring = torch.eye(4) + torch.eye(4).roll(1, 0) + torch.eye(4).roll(-1, 0)
+        self.register_buffer("adjacency", ring / 3)
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.adjacency @ self.first(x))
+        return self.adjacency @ self.second(hidden)
+
+
+def attention_over_examples() -> nn.Module:
+    """Coupled through the data alone, and for any number of examples."""
+
+    def compute(self: Any, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.query(x) @ self.key(x).mT, -1)
+        return weights @ self.value(x)
+
+    return Computed(
+        compute, query=nn.Linear(5, 4), key=nn.Linear(5, 4), value=nn.Linear(5, 2)
+    )
+
+
+# Several inputs, several uses.
+
+
+def hypernetwork() -> nn.Module:
+    """The first input makes the weights that the second goes through."""
+
+    def compute(self: Any, x: Tensor, context: Tensor) -> Tensor:
+        weight, bias = self.make(context).split([20, 4], dim=1)
+        hidden = torch.bmm(x[:, None], weight.view(-1, 5, 4)).squeeze(1) + bias
+        return self.head(torch.tanh(hidden))
+
+    return Computed(compute, make=nn.Linear(4, 24), head=nn.Linear(4, 2))
+
+
+def equilibrium() -> nn.Module:
+    """One block four times over, with the input injected every time."""
+
+    def compute(self: Any, x: Tensor) -> Tensor:
+        injected, z = self.inject(x), x.new_zeros(len(x), 6)
+        for _ in range(4):
+            z = self.norm(torch.tanh(self.block(z) + injected))
+        return self.head(z)
+
+    return Computed(
+        compute,
+        inject=nn.Linear(5, 6),
+        block=nn.Linear(6, 6),
+        norm=nn.LayerNorm(6),
+        head=nn.Linear(6, 2),
+    )
+
+
+def siamese() -> nn.Module:
+    def compute(self: Any, a: Tensor, b: Tensor) -> Tensor:
+        left, right = self.encoder(a), self.encoder(b)
+        return self.head(torch.cat([(left - right).abs(), left * right], 1))
+
+    return Computed(compute, encoder=mlp(), head=nn.Linear(4, 2))
+
+
+def twins(n: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 5), torch.randn(n, 5)
+
+
+def deep_sets() -> nn.Module:
+    return Computed(
+        lambda self, x: self.rho(torch.relu(self.phi(x)).sum(1)),
+        phi=nn.Linear(6, 6),
+        rho=nn.Linear(6, 2),
+    )
+
+
+def functional_bilinear() -> nn.Module:
+    return Computed(
+        lambda self, a, b: functional.bilinear(
+            torch.tanh(self.stem(a)), b, self.w, self.b
+        ),
+        stem=nn.Linear(5, 3),
+        w=nn.Parameter(torch.randn(2, 3, 4)),
+        b=nn.Parameter(torch.randn(2)),
+    )
+
+
+def temperature() -> nn.Module:
+    return Computed(
+        lambda self, x: self.body(x) / self.temperature,
+        body=mlp(),
+        temperature=nn.Parameter(torch.tensor(1.7)),
+    )
+
+
+def similarity() -> nn.Module:
+    """Cosines with class vectors, times a scale that is learned by its logarithm."""
+    return Computed(
+        lambda self, x: (
+            self.log_scale.exp()
+            * (
+                functional.normalize(self.stem(x), dim=-1)
+                @ functional.normalize(self.classes, dim=-1).t()
+            )
+        ),
+        stem=nn.Linear(5, 6),
+        classes=nn.Parameter(torch.randn(2, 6)),
+        log_scale=nn.Parameter(torch.tensor(0.7)),
+    )
+
+
+# Single functions.
+
+
+def in_place(self: Any, x: Tensor) -> Tensor:
+    return x.mul_(self.gamma).add_(self.beta)
+
+
+def partly_without_grad(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(functional.linear(x, self.w))
+    return gate * functional.linear(x, self.w)
+
+
+def straight_through(self: Any, x: Tensor) -> Tensor:
+    """A weight of ±1 whose gradient goes to the number behind it."""
+    return functional.linear(x, self.w + (self.w.sign() - self.w).detach())
+
+
+def sliced(self: Any, x: Tensor) -> Tensor:
+    return torch.cat([x @ self.w[:3].t(), x @ self.w[1:4].t()], 1)
+
+
+def chunked(self: Any, x: Tensor) -> Tensor:
+    first, second = self.w.chunk(2)
+    return functional.linear(x, self.w) + torch.cat(
+        [x @ first.t(), torch.sin(x @ second.t())], 1
+    )
+
+
+def transposed_twice(self: Any, x: Tensor) -> Tensor:
+    return functional.linear(x, self.w.t().t().contiguous()) + x @ self.w.mT.transpose(
+        0, 1
+    )
+
+
+def written_into(self: Any, x: Tensor) -> Tensor:
+    out = x.new_zeros(len(x), 6)
+    out[:, :2] = self.token
+    out[:, 2:] = x[:, 2:] * self.gain
+    return out
+
+
+def planes(self: Any, x: Tensor) -> Tensor:
+    """Features looked up in a learned image, at places that depend on the input."""
+    places = torch.sigmoid(x).view(len(x), 1, 3, 2)
+    plane = self.plane.expand(len(x), -1, -1, -1)
+    return functional.grid_sample(plane, places, align_corners=False).flatten(1)
+
+
+def looked_up(look: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    return Computed(
+        lambda self, ids: self.head(torch.tanh(look(self.table, ids)).mean(1)),
+        table=nn.Parameter(torch.randn(7, 5)),
+        head=nn.Linear(5, 2),
+    )
+
+
+def baddbmm(self: Any, x: Tensor) -> Tensor:
+    return torch.baddbmm(self.bias, x, self.w.expand(len(x), -1, -1), beta=0.5)
+
+
+USES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "where": (
+        lambda: between(
+            lambda self, x: torch.where(x > 0, self.above * x, self.below),
+            above=(6,),
+            below=(1, 6),
+        ),
+        vectors,
+    ),
+    "einsum": (
+        lambda: on_tokens(
+            lambda self, x: torch.einsum("bnd,de->bne", x, self.w), w=(6, 6)
+        ),
+        sequences,
+    ),
+    "einsum_heads": (
+        lambda: on_tokens(
+            lambda self, x: torch.einsum("bnd,hde,hek->bnk", x, self.v, self.o),
+            v=(2, 6, 3),
+            o=(2, 3, 6),
+        ),
+        sequences,
+    ),
+    "baddbmm": (lambda: on_tokens(baddbmm, bias=(1, 4, 6), w=(1, 6, 6)), sequences),
+    "left_matmul": (
+        lambda: on_tokens(lambda self, x: self.w @ x, w=(3, 4)),
+        sequences,
+    ),
+    "tensordot": (
+        lambda: on_tokens(
+            lambda self, x: torch.tensordot(x, self.w, dims=([2], [1])), w=(6, 6)
+        ),
+        sequences,
+    ),
+    "in_place": (lambda: between(in_place, gamma=(6,), beta=(6,)), vectors),
+    "addcmul": (
+        lambda: between(
+            lambda self, x: torch.addcmul(self.bias, x, self.gain), bias=(6,), gain=(6,)
+        ),
+        vectors,
+    ),
+    "addmv": (
+        lambda: between(
+            lambda self, x: torch.addmv(self.bias, x, self.w)[:, None],
+            after=1,
+            bias=(1,),
+            w=(6,),
+        ),
+        vectors,
+    ),
+    "lerp": (
+        lambda: between(
+            lambda self, x: torch.lerp(x, self.target, torch.sigmoid(self.gate)),
+            target=(6,),
+            gate=(6,),
+        ),
+        vectors,
+    ),
+    "partly_without_grad": (lambda: between(partly_without_grad, w=(6, 6)), vectors),
+    "straight_through": (lambda: between(straight_through, w=(6, 6)), vectors),
+    "sliced": (lambda: between(sliced, w=(5, 6)), vectors),
+    "chunked": (lambda: between(chunked, w=(6, 6)), vectors),
+    "transposed": (lambda: between(lambda self, x: x @ self.w.t(), w=(6, 6)), vectors),
+    "transposed_twice": (lambda: between(transposed_twice, w=(6, 6)), vectors),
+    "concatenated": (
+        lambda: between(
+            lambda self, x: functional.linear(x, torch.cat([self.top, self.bottom])),
+            top=(2, 6),
+            bottom=(4, 6),
+        ),
+        vectors,
+    ),
+    "written_into": (lambda: between(written_into, token=(2,), gain=(4,)), vectors),
+    "radial": (
+        lambda: between(
+            lambda self, x: (x[:, None] - self.centers).square().mean(2).neg().exp(),
+            after=3,
+            centers=(3, 6),
+        ),
+        vectors,
+    ),
+    "planes": (lambda: between(planes, plane=(1, 2, 4, 4)), vectors),
+    "table_indexed": (lambda: looked_up(lambda table, ids: table[ids]), tokens),
+    "table_index_select": (
+        lambda: looked_up(
+            lambda table, ids: table.index_select(0, ids.flatten()).view(len(ids), 4, 5)
+        ),
+        tokens,
+    ),
+}
+
+PARAMETERS = [
+    *(Case(id, model, probe) for id, (model, probe) in USES.items()),
+    Case(
+        "table_one_hot",
+        lambda: looked_up(
+            lambda table, ids: functional.one_hot(ids, 7).to(table) @ table
+        ),
+        tokens,
+        vmap=False,
+    ),
+    Case("graph_convolution", graph_convolution, graphs),
+    Case("graph_of_examples", NodeClassifier, lambda: vectors(4), vmap=False),
+    Case(
+        "graph_of_examples_dense", NodeClassifierDense, lambda: vectors(4), vmap=False
+    ),
+    Case("attention_over_examples", attention_over_examples, vectors, vmap=False),
+    Case("hypernetwork", hypernetwork, pairs),
+    Case("equilibrium", equilibrium, vectors),
+    Case("siamese", siamese, twins),
+    Case("deep_sets", deep_sets, sequences),
+    Case("functional_bilinear", functional_bilinear, pairs),
+    Case("temperature", temperature, vectors),
+    Case("similarity", similarity, vectors),
+    Case(
+        "weight_norm_deep",
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(5, 6)),
+            nn.Tanh(),
+            parametrizations.weight_norm(nn.Linear(6, 2), dim=1),
+        ),
+        vectors,
+    ),
+    # Wrong under `jacrev`, where many gradients go through the backward pass at once.
+    Case(
+        "distances",
+        lambda: between(
+            lambda self, x: torch.cdist(x, self.centers), after=3, centers=(3, 6)
+        ),
+        vectors,
+        vmap=False,
+    ),
+]
