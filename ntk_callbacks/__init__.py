@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from ntk_callbacks import dynamics, metrics
 from ntk_callbacks.callbacks.schedule import at, every, log_spaced
+from ntk_callbacks.engine.density import spectral_density
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
-from ntk_callbacks.engine.kernel import empirical_ntk
+from ntk_callbacks.engine.kernel import empirical_ntk, plan_ntk
+from ntk_callbacks.engine.matrix_free import top_eigenpairs, trace_estimate
+from ntk_callbacks.engine.plan import Plan
+from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
 from ntk_callbacks.layout import as_matrix
@@ -24,7 +28,9 @@ __all__ = [
     "NTKMonitor",
     "NTKOptions",
     "ParameterDriftMonitor",
+    "Plan",
     "Probe",
+    "TangentOperator",
     "as_matrix",
     "at",
     "dynamics",
@@ -34,7 +40,11 @@ __all__ = [
     "input_singular_values",
     "log_spaced",
     "metrics",
+    "plan_ntk",
     "quietly",
+    "spectral_density",
+    "top_eigenpairs",
+    "trace_estimate",
 ]
 
 # Imported when first asked for: Lightning takes seconds, and notebooks may not need it.

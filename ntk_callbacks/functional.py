@@ -1,8 +1,7 @@
 """From a module to a pure function of its parameters."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ntk_callbacks._types import Inputs, OutputFunction, ParameterFilter, Params
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.nested import batch_size, map_tensors
+from ntk_callbacks.outputs import call_model, flat_outputs
 
 _Result = TypeVar("_Result")
 
@@ -184,96 +184,6 @@ class _Outputs(nn.Module):
         if self.pseudo:
             outputs = outputs.sum(1, keepdim=True) / outputs.shape[1] ** 0.5
         return then(outputs)
-
-
-def call_model(model: nn.Module, x: Inputs) -> Tensor:
-    """The default `output_fn`: the logits of `model(x)`.
-
-    A tuple or list is unpacked into positional arguments, a mapping into keywords. A
-    result that holds `logits`, or exactly one tensor, stands for that tensor.
-
-    Args:
-        model: Any module.
-        x: One batch.
-
-    Returns:
-        A tensor `(n, ...)`.
-
-    Raises:
-        UnsupportedModelError: If the result is not one tensor, or the model has no
-            `forward`.
-    """
-    if type(model).forward in (nn.Module.forward, _lightning_forward(model)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not define `forward`. Pass what to call, for "
-            "example `output_fn=lambda module, x: module.net(x)`."
-        )
-    if isinstance(x, Tensor):
-        result = model(x)
-    elif isinstance(x, Mapping):
-        result = model(**x)
-    else:
-        result = model(*x)
-    return _single_tensor(result, type(model).__name__)
-
-
-def _lightning_forward(model: nn.Module) -> Any:
-    """`LightningModule.forward`, which only raises, without importing Lightning."""
-    for kind in type(model).__mro__:
-        if kind.__name__ == "LightningModule":
-            return vars(kind).get("forward")
-    return None
-
-
-def _single_tensor(result: Any, who: str) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, Mapping):
-        entries = dict(result)
-    elif isinstance(result, tuple | list):
-        entries = {str(index): value for index, value in enumerate(result)}
-    else:
-        entries = dict(getattr(result, "__dict__", {}))
-        named = fields(result) if is_dataclass(result) else ()  # may have slots
-        entries |= {field.name: getattr(result, field.name, None) for field in named}
-    tensors = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
-    if "logits" in tensors:
-        return tensors["logits"]
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    shapes = ", ".join(f"{key}: {tuple(v.shape)}" for key, v in tensors.items())
-    raise UnsupportedModelError(
-        f"{who} returned a {type(result).__name__} with {len(tensors)} tensors "
-        f"({shapes}); one tensor (n, ...) is needed. Pass the one to measure, for "
-        "example `output_fn=lambda model, x: model(x)[0]`."
-    )
-
-
-def flat_outputs(outputs: Tensor, n: int) -> Float[Tensor, "n c"]:
-    """Outputs `(n, ...)` as `(n, c)`.
-
-    Args:
-        outputs: What the model returned.
-        n: Number of examples that went in.
-
-    Returns:
-        The same numbers, trailing axes flattened.
-
-    Raises:
-        UnsupportedModelError: If the outputs are complex or integers, or their first
-            axis is not the batch.
-    """
-    if not outputs.is_floating_point():
-        raise UnsupportedModelError(
-            f"the outputs are {outputs.dtype}; a kernel needs real numbers. Pass "
-            "an `output_fn` that returns logits, or real and imaginary parts."
-        )
-    if outputs.ndim == 0 or outputs.shape[0] != n:
-        raise UnsupportedModelError(
-            f"the outputs have shape {tuple(outputs.shape)} for {n} examples; the "
-            "first axis must be the examples. Pass an `output_fn` that puts it first."
-        )
-    return outputs.reshape(n, -1)
 
 
 def _refuse_unmeasurable(model: nn.Module) -> None:

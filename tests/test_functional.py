@@ -10,7 +10,7 @@ from cases import BY_ID, Computed, mlp
 from torch import nn
 
 from ntk_callbacks.errors import UnsupportedModelError
-from ntk_callbacks.functional import ModelFunction, call_model, select_parameters
+from ntk_callbacks.functional import ModelFunction, select_parameters
 from ntk_callbacks.nested import (
     batch_size,
     examples,
@@ -18,6 +18,7 @@ from ntk_callbacks.nested import (
     map_tensors,
     replace_leaves,
 )
+from ntk_callbacks.outputs import call_model
 
 NAMES = [
     "mlp",

@@ -21,15 +21,18 @@ class NTKMonitor(Monitor):
     (if all outputs are kept) and `ntk/max_learning_rate` (for ½ Σ (f − y)² over the
     probe). Where a logger draws: a histogram of log10 λ and the traced kernel as an
     image, the examples ordered by class, colored from its smallest to its largest
-    entry at each step. `metrics` documents each formula.
+    entry at each step. `metrics` documents each formula. `monitor/audit_error` holds
+    two examples of each kernel against plain autograd; `monitor/seconds` is what the
+    measurement took.
 
     Args:
         probe: A number of training examples to draw (fixed by a seed, without touching
             the loader), a `Probe`, a tensor of inputs, or the path of a saved probe.
         every: `"epoch"`, `"3 epochs"`, n or `"n steps"`, `"5 per decade"`, a schedule,
             or a function `step -> bool`. Step 0 and the last step are always measured.
-        outputs: As in `empirical_ntk`; `"auto"` keeps all outputs up to 2048 rows n·c
-            and traces them beyond.
+        outputs: As in `empirical_ntk`; `"auto"` keeps all outputs up to 2048 rows n·c,
+            traces them beyond, and from 2048 outputs on (language models) measures
+            `"matrix-free"`: estimates from products with a kernel that is not formed.
         metrics: None for all; names of some; or `{name: function of a KernelView}`.
         parameters: As in `empirical_ntk`.
         by: As in `empirical_ntk`; adds the trace of each part as `ntk_modules/trace/…`.
@@ -56,7 +59,7 @@ class NTKMonitor(Monitor):
         probe: ProbeSource = 64,
         every: Every = "epoch",
         *,
-        outputs: Outputs | Literal["auto"] = "auto",
+        outputs: Outputs | Literal["auto", "matrix-free"] = "auto",
         metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
         parameters: ParameterFilter = None,
         by: Grouping = None,

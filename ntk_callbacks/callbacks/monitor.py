@@ -1,5 +1,6 @@
 """The Lightning shell around an instrument: when it measures, and what if it fails."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +19,7 @@ from ntk_callbacks.errors import (
     UnsupportedModelError,
 )
 from ntk_callbacks.guard import quietly
-from ntk_callbacks.instruments.instrument import Instrument
+from ntk_callbacks.instruments.instrument import Instrument, monitor_tag
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 from ntk_callbacks.reporting.loggers import report
@@ -184,6 +185,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._measured = self._step
         if not self._active(trainer):
             return
+        start = time.perf_counter()
         try:
             _refuse_sharded(trainer)
             with quietly(pl_module):
@@ -196,6 +198,8 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             self._skip(error)
             return
         self._failures = 0
+        tag = monitor_tag("seconds", self.instrument.name)
+        measurement.scalars[tag] = time.perf_counter() - start
         self._report(trainer, measurement)
 
     def _report(self, trainer: Any, measurement: Measurement) -> None:

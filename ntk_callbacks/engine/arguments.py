@@ -176,7 +176,7 @@ def _checked_scaling(
     return scaling
 
 
-def check_choice(argument: str, value: object, valid: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: object, valid: tuple[Any, ...]) -> None:
     """Raise a ValueError unless the value is a valid one."""
     if value not in valid:
         raise ValueError(f"{argument}={value!r}; expected one of {', '.join(valid)}.")

@@ -12,14 +12,14 @@ from ntk_callbacks.engine.contraction import (
     Contracted,
     Products,
     factored,
-    looked_up,
     materialized,
     paired,
 )
 from ntk_callbacks.engine.exact import fallback
+from ntk_callbacks.engine.lookup import looked_up
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.problem import Problem
-from ntk_callbacks.engine.sides import Side
+from ntk_callbacks.engine.sides import ChangedModelError, Side
 from ntk_callbacks.engine.terms import Term, extent, view_of
 from ntk_callbacks.layout import symmetric
 from ntk_callbacks.nested import examples
@@ -50,6 +50,8 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
             Side(problem.function, params, x, plan.places, list(plan.sizes_of))
             for x in block.sides
         ]
+        if any(side.o != plan.sizes.o for side in sides):
+            raise ChangedModelError("the number of outputs differs from the plan's")
         for term, kernel in _terms(plan, block, sides):
             part = problem.groups[term.name]
             if part not in parts:

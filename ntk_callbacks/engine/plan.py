@@ -32,6 +32,15 @@ class Plan:
         sweeps: Terms that are contracted after the same backward passes.
         block: Examples that are treated at a time.
         budget: Bytes of working memory.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> from ntk_callbacks import plan_ntk
+        >>> plan = plan_ntk(nn.Sequential(nn.Linear(3, 2)), randn(4, 3))
+        >>> plan.flops  # two for each of 10 pairs: 3 for a aᵀ, 2·2·2 for g gᵀ
+        220.0
+        >>> plan.exact
+        {}
     """
 
     model: str

@@ -63,6 +63,11 @@ def checked_name(name: str) -> str:
     return name
 
 
+def monitor_tag(what: str, name: str) -> str:
+    """Tag of a number about the measuring itself, by the group that was measured."""
+    return f"monitor/{what}" if name == "ntk" else f"monitor/{what}_{name}"
+
+
 def one_of(argument: str, value: object, valid: tuple[str, ...]) -> None:
     """Raise ValueError, before any training, unless the value is a valid one."""
     if value not in valid:

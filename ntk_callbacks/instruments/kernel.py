@@ -16,23 +16,34 @@ from ntk_callbacks._types import (
     Outputs,
     ParameterFilter,
 )
-from ntk_callbacks.engine.arguments import check_selection
+from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import empirical_ntk
 from ntk_callbacks.engine.memory import memory_bytes
+from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.errors import ProbeMismatchError
-from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.guard import measuring
 from ntk_callbacks.instruments.instrument import (
     checked_name,
+    monitor_tag,
     numbers,
     one_of,
     tag_name,
 )
-from ntk_callbacks.instruments.kernel_view import METRICS, KernelMetric, KernelView
+from ntk_callbacks.instruments.kernel_sketch import (
+    SKETCH_METRICS,
+    KernelSketch,
+    sketched,
+)
+from ntk_callbacks.instruments.kernel_view import (
+    KernelMetric,
+    KernelView,
+    chosen_metrics,
+)
 from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
+
+_MOST_OUTPUTS = 2048  # of a traced kernel, which takes a backward pass for each
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class NTKOptions:
         memory_budget: Working memory in bytes or as `"2GiB"`; None for a quarter of
             what is free.
         dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
-            traced over the outputs.
+            traced over the outputs; from 2048 outputs c on they are not formed at all.
         name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
 
     Raises:
@@ -69,8 +80,10 @@ class KernelInstrument:
     """Measures the empirical NTK of a model on a probe.
 
     Args:
-        outputs: As in `empirical_ntk`, or `"auto"`: `"full"` up to
-            `options.dense_limit` rows, else `"trace"`.
+        outputs: As in `empirical_ntk`; `"matrix-free"` for estimates from products with
+            a kernel that is not formed; or `"auto"`: `"full"` up to
+            `options.dense_limit` rows, `"trace"` up to 2048 outputs, and
+            `"matrix-free"` beyond, as for language models.
         metrics: None for all of `METRICS`; names of some; or `{name: function of a
             KernelView}` for names of your own (they replace the standard ones).
         parameters: As in `empirical_ntk`.
@@ -85,23 +98,24 @@ class KernelInstrument:
     def __init__(
         self,
         *,
-        outputs: Outputs | Literal["auto"] = "auto",
+        outputs: Outputs | Literal["auto", "matrix-free"] = "auto",
         metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
         parameters: ParameterFilter = None,
         by: Grouping = None,
         output_fn: OutputFunction | None = None,
         options: NTKOptions | None = None,
     ) -> None:
-        one_of("outputs", outputs, ("auto", *get_args(Outputs)))
-        check_selection(parameters, by, output_fn)
+        one_of("outputs", outputs, ("auto", "matrix-free", *get_args(Outputs)))
         self.outputs = outputs
-        self._outputs: Outputs | None = None if outputs == "auto" else outputs
-        self.metrics = _chosen_metrics(metrics)
+        self._outputs: str | None = None if outputs == "auto" else outputs
+        self.metrics = chosen_metrics(metrics)
         self.parameters = parameters
         self.by = by
         self.output_fn = output_fn
         self.options = options or NTKOptions()
         self.name = self.options.name
+        self._request()  # refuses what no model could take
+        self._series = KernelSeries(self.options.route)
         self._probe: Probe | None = None
         self._reference: Kernel | None = None
         self._previous: Kernel | None = None
@@ -143,8 +157,52 @@ class KernelInstrument:
         """
         if self._probe is None:
             raise RuntimeError("KernelInstrument: call start(probe) first.")
-        parts = self._kernels(model, self._probe)
+        if self._outputs is None:
+            self._outputs = self._affordable_outputs(model, self._probe)
+        if self._outputs == "matrix-free":
+            return self._without_matrix(model, self._probe, step)
+        return self._with_matrix(model, self._probe, step)
+
+    def _with_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
+        request = self._request(self._outputs)
+        parts, error = self._series.measure(model, probe.inputs, request, step)
         ntk = torch.stack(list(parts.values())).sum(0) if self.by else parts[""]
+        reference, previous, steps = self._compared(ntk, step)
+        view = KernelView(ntk, reference, previous, steps, probe.targets)
+        measurement = self._measurement(view, parts, step)
+        if error is not None:
+            measurement.scalars[monitor_tag("audit_error", self.name)] = error
+        return measurement
+
+    def _without_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
+        images, signs, largest = sketched(model, probe.inputs, self._request())
+        reference, previous, steps = self._compared(images, step)
+        sketch = KernelSketch(images, signs, largest, reference, previous, steps)
+        wanted = {*self.metrics, *(["trace_error"] if "trace" in self.metrics else [])}
+        found = {
+            f"{self.name}/{metric}": function(sketch)
+            for metric, function in SKETCH_METRICS.items()
+            if metric in wanted
+        }
+        values = largest.eigenvalues
+        return Measurement(
+            step,
+            scalars=numbers(found),
+            vectors={f"{self.name}/eigenvalues_log10": values[values > 0].log10()},
+        )
+
+    def _request(self, outputs: str | None = "full") -> Request:
+        return Request(
+            outputs=outputs,
+            by=self.by,
+            parameters=self.parameters,
+            output_fn=self.output_fn,
+            mode=self.options.mode,
+            memory_budget=self.options.memory_budget,
+        )
+
+    def _compared(self, ntk: Tensor, step: int) -> tuple[Tensor, Tensor | None, int]:
+        """The first kernel, the previous one, updates since; this one is kept."""
         reference = ntk if self._reference is None else self._reference.to(ntk)
         if reference.shape != ntk.shape:
             raise ProbeMismatchError(
@@ -153,46 +211,36 @@ class KernelInstrument:
                 "run."
             )
         previous = None if self._previous is None else self._previous.to(ntk)
-        view = KernelView(
-            ntk, reference, previous, step - self._previous_step, self._probe.targets
-        )
-        measurement = self._measurement(view, parts, step)
+        steps = step - self._previous_step
         self._reference, self._previous, self._previous_step = reference, ntk, step
-        return measurement
+        return reference, previous, steps
 
-    def _kernels(self, model: nn.Module, probe: Probe) -> dict[str, Kernel]:
-        if self._outputs is None:
-            self._outputs = self._affordable_outputs(model, probe)
-        kernels = empirical_ntk(
-            model,
-            probe.inputs,
-            outputs=self._outputs,
-            by=self.by,
-            parameters=self.parameters,
-            output_fn=self.output_fn,
-            mode=self.options.mode,
-            route=self.options.route,
-            memory_budget=self.options.memory_budget,
-        )
-        return kernels if isinstance(kernels, dict) else {"": kernels}
-
-    def _affordable_outputs(self, model: nn.Module, probe: Probe) -> Outputs:
+    def _affordable_outputs(self, model: nn.Module, probe: Probe) -> str:
         with measuring(model, self.options.mode), torch.no_grad():
-            function = ModelFunction(
-                model, output_fn=self.output_fn, parameters=self.parameters
-            )
-            c = function({}, function.prepare(probe.inputs)).shape[1]
-        if probe.n * c <= self.options.dense_limit:
+            problem = self._request().problem(model, probe.inputs, None)
+            c = problem.function({}, problem.x1).shape[1]
+        limit = self.options.dense_limit
+        if probe.n * c <= limit:
             return "full"
-        warnings.warn(
+        found = (
             f"NTKMonitor: the kernel of {probe.n} examples and {c} outputs has "
-            f"{probe.n * c} rows, more than {self.options.dense_limit}. From here on "
-            f"{self.name}/… are those of the traced kernel (1/c) Σₖ Θ[:, :, k, k], "
-            'without max_learning_rate. outputs="full" keeps all outputs, a smaller '
-            "probe or NTKOptions(dense_limit=…) too.",
+            f"{probe.n * c} rows, more than {limit}. From here on {self.name}/… are "
+        )
+        change = "a smaller probe or NTKOptions(dense_limit=…) helps too."
+        if c <= _MOST_OUTPUTS:
+            warnings.warn(
+                f"{found}those of the traced kernel (1/c) Σₖ Θ[:, :, k, k], without "
+                f'max_learning_rate. outputs="full" keeps all outputs, {change}',
+                stacklevel=2,
+            )
+            return "trace"
+        warnings.warn(
+            f"{found}estimates from products with the kernel, which is not formed: "
+            f"{', '.join(SKETCH_METRICS)}. An output_fn that returns fewer numbers "
+            f'(one token, say) gives all curves, outputs="pseudo" most, {change}',
             stacklevel=2,
         )
-        return "trace"
+        return "matrix-free"
 
     def _measurement(
         self, view: KernelView, parts: dict[str, Kernel], step: int
@@ -211,7 +259,7 @@ class KernelInstrument:
             step,
             scalars=numbers(found),
             vectors={f"{name}/eigenvalues_log10": eigenvalues[eigenvalues > 0].log10()},
-            matrices={f"{name}/kernel": _ordered_by_class(view)},
+            matrices={f"{name}/kernel": view.by_class},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,32 +280,3 @@ class KernelInstrument:
         self._digest = state["digest"]
         if self.outputs == "auto":
             self._outputs = state["outputs"]
-
-
-def _chosen_metrics(
-    metrics: Sequence[str] | Mapping[str, KernelMetric] | None,
-) -> dict[str, KernelMetric]:
-    if metrics is None:
-        return METRICS
-    if isinstance(metrics, Mapping):
-        return dict(metrics)
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise ValueError(
-            f"NTKMonitor: unknown metrics {unknown}; expected some of "
-            f"{', '.join(METRICS)}, or a mapping name -> function of a KernelView."
-        )
-    return {name: METRICS[name] for name in metrics}
-
-
-def _ordered_by_class(view: KernelView) -> Tensor:
-    """Traced kernel, its examples sorted by class where classes are known."""
-    targets = view.targets
-    if (
-        targets is None
-        or targets.is_floating_point()
-        or targets.numel() != len(targets)
-    ):
-        return view.traced
-    order = targets.reshape(-1).argsort(stable=True).to(view.traced.device)
-    return view.traced[order][:, order]

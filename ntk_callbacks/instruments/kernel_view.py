@@ -1,6 +1,6 @@
 """The scalars of one kernel, beside the first kernel and the one before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -44,6 +44,19 @@ class KernelView:
         if self.ntk.ndim == 4:
             return torch.diagonal(self.ntk, dim1=2, dim2=3).mean(-1)
         return self.ntk.mean(-1) if self.ntk.ndim == 3 else self.ntk
+
+    @property
+    def by_class(self) -> Tensor:
+        """Traced kernel, its examples sorted by class where classes are known."""
+        targets = self.targets
+        if (
+            targets is None
+            or targets.is_floating_point()
+            or targets.numel() != len(targets)
+        ):
+            return self.traced
+        order = targets.reshape(-1).argsort(stable=True).to(self.traced.device)
+        return self.traced[order][:, order]
 
 
 KernelMetric: TypeAlias = Callable[[KernelView], Tensor | float | None]
@@ -125,3 +138,30 @@ METRICS: dict[str, KernelMetric] = {
     "max_learning_rate": _max_learning_rate,
 }
 """Name -> scalar of a kernel; None where the quantity has no meaning."""
+
+
+def chosen_metrics(
+    wanted: Sequence[str] | Mapping[str, KernelMetric] | None,
+) -> dict[str, KernelMetric]:
+    """The metrics that a user asks for.
+
+    Args:
+        wanted: None for all, names of some, or a mapping of the user's own.
+
+    Returns:
+        Name -> function.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    if wanted is None:
+        return METRICS
+    if isinstance(wanted, Mapping):
+        return dict(wanted)
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown:
+        raise ValueError(
+            f"NTKMonitor: unknown metrics {unknown}; expected some of "
+            f"{', '.join(METRICS)}, or a mapping name -> function of a KernelView."
+        )
+    return {name: METRICS[name] for name in wanted}

@@ -496,7 +496,11 @@ def test_nothing_to_train():
         (lambda: NTKMonitor(True), ValueError, "probe is a bool"),
         (lambda: JacobianMonitor([1.0, 2.0]), ValueError, "probe is a list"),
         (lambda: NTKMonitor(None), ValueError, "probe is a NoneType"),
-        (lambda: NTKMonitor(outputs="all"), ValueError, "outputs='all'.*auto, full"),
+        (
+            lambda: NTKMonitor(outputs="all"),
+            ValueError,
+            "outputs='all'.*auto, matrix-free, full",
+        ),
         (
             lambda: NTKMonitor(by="layer"),
             ValueError,

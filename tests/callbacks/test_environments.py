@@ -125,7 +125,8 @@ def test_tensorboard(tmp_path):
         (event.step, tag): event.value
         for tag in tags["scalars"]
         for event in read.Scalars(tag)
-        if tag.split("/")[0] in ("ntk", "params", "params_tensors", "jacobian")
+        if tag.split("/")[0]
+        in ("ntk", "params", "params_tensors", "jacobian", "monitor")
     }
     for monitor in monitors:
         for step, row in monitor.history:

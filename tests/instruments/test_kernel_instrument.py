@@ -73,6 +73,8 @@ def test_every_scalar_of_a_linear_model():
     }
     found = measured(KernelInstrument(), linear())
     assert found.step == 0
+    # Entries of the kernel of two examples, computed twice in float64.
+    assert found.scalars.pop("monitor/audit_error") < 1e-12
     assert found.scalars == pytest.approx(expected, nan_ok=True, **CLOSE)
     log10 = found.vectors["ntk/eigenvalues_log10"]
     assert log10.numpy() == pytest.approx(np.log10(eigenvalues)[::-1], rel=1e-9)
@@ -201,7 +203,7 @@ def test_output_fn():
 def test_names_of_some_metrics():
     chosen = ["kernel_distance", "trace"]
     found = measured(KernelInstrument(metrics=chosen), linear()).scalars
-    assert [*found] == ["ntk/kernel_distance", "ntk/trace"]
+    assert [*found] == ["ntk/kernel_distance", "ntk/trace", "monitor/audit_error"]
     with pytest.raises(ValueError, match=r"unknown metrics \['tarce'\].*trace"):
         KernelInstrument(metrics=["tarce"])
 
@@ -220,6 +222,7 @@ def test_metrics_of_your_own():
     }
     found = measured(KernelInstrument(metrics=own), linear())
     eigenvalues = np.linalg.eigvalsh(X @ X.T + 1)
+    assert found.scalars.pop("monitor/audit_error") < 1e-12
     assert found.scalars == pytest.approx(
         {"ntk/spread": eigenvalues.max() - eigenvalues.min(), "ntk/n": N}, **CLOSE
     )
@@ -271,7 +274,8 @@ def test_name_of_the_tags():
     instrument = KernelInstrument(by="parameter", options=NTKOptions(name="last"))
     found = measured(instrument, linear())
     groups = {tag.split("/")[0] for tag in found.scalars}
-    assert groups == {"last", "last_modules"}
+    assert groups == {"last", "last_modules", "monitor"}
+    assert "monitor/audit_error_last" in found.scalars
     assert [*found.vectors] == ["last/eigenvalues_log10"]
     assert [*found.matrices] == ["last/kernel"]
 
