@@ -73,6 +73,15 @@ def test_loop_example_leaves_curves_where_it_says(tmp_path):
     assert re.search(r"^loss \d\.\d+ after 10 steps$", output, re.MULTILINE)
 
 
+def test_large_kernels_example_prints_a_plan_and_a_spectrum(tmp_path):
+    output = run(EXAMPLES / "kernel_of_any_size.py", tmp_path)
+    assert re.search(r"^layer.linear1.weight +(factored|materialized) ", output, re.M)
+    assert "100.0% of the parameters are on fast routes" in output
+    assert "(16, 16, 10, 10)" in output
+    assert "J of the language model: 4000 × 65000" in output
+    assert re.search(r"^trace [\d.e+]+ ± [\d.e+]+$", output, re.MULTILINE)
+
+
 def test_kernel_example_prints_what_it_finds_without_importing_lightning(tmp_path):
     check = "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys()"
     output = run(EXAMPLES / "kernel_in_a_notebook.py", tmp_path, afterwards=check)

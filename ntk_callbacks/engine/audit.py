@@ -1,13 +1,15 @@
 """Holds a plan against plain autograd, on the user's own model."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Kernel, Params
 from ntk_callbacks.engine.backward import gradients_of
-from ntk_callbacks.engine.contraction import Contracted, Products
+from ntk_callbacks.engine.contraction import Contracted
 from ntk_callbacks.engine.execution import contracted_term, run
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.problem import Problem
@@ -15,9 +17,12 @@ from ntk_callbacks.engine.sides import Side
 from ntk_callbacks.layout import symmetric
 
 _COMBINATIONS = 2  # of the outputs, drawn at random
+_PORTION = 2**22  # numbers of a row of J that are held at a time
 
 
-def failures(plan: Plan, problem: Problem, params: Params, x: Inputs) -> dict[str, str]:
+def failures(
+    plan: Plan, problem: Problem, params: Params, x: Inputs, seed: int
+) -> dict[str, str]:
     """The parameters whose kernel is not that of plain autograd.
 
     Every term is computed for random combinations of the outputs, and so are the
@@ -28,12 +33,13 @@ def failures(plan: Plan, problem: Problem, params: Params, x: Inputs) -> dict[st
         problem: The kernel it is made for.
         params: Values of the parameters.
         x: Two examples.
+        seed: Of the combinations.
 
     Returns:
         Parameter -> what was found; empty if the plan is right.
     """
     wrong: dict[str, str] = {}
-    for names, error, explained in _compared(plan, problem, params, x, seed=0):
+    for names, error, explained in _compared(plan, problem, params, x, seed):
         if not explained:
             reason = f"its kernel was off by {error:.1e} in an audit"
             wrong |= dict.fromkeys(names, reason)
@@ -84,8 +90,7 @@ def _compared(
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(c, min(c, _COMBINATIONS), generator=generator)
     mix = mix.to(function.device, function.dtype)
-    rows = _rows(problem, params, x, names, mix)
-    parts = {name: _products([j], outputs) for name, j in rows.items()}
+    parts = _by_autograd(problem, params, x, names, mix)
     norms = {name: _norms(kernel, outputs) for name, kernel in parts.items()}
     whole = torch.stack(list(norms.values())).sum(0)
     side = Side(function, params, x, plan.places, list(plan.sizes_of), mix)
@@ -116,10 +121,10 @@ def _compared(
     return result
 
 
-def _rows(
+def _by_autograd(
     problem: Problem, params: Params, x: Inputs, names: list[str], mix: Tensor
 ) -> dict[str, Tensor]:
-    """√Λ ∂(combinations of f)/∂θ by plain autograd, `(o, n, numbers)` by parameter."""
+    """The kernel of each parameter for combinations of f, by plain autograd."""
     function = problem.function
     leaves = {
         name: tensor.detach().requires_grad_(
@@ -127,27 +132,50 @@ def _rows(
         )
         for name, tensor in params.items()
     }
-    wanted = [leaves[name] for name in names]
 
-    def differentiate(outputs: Tensor) -> list[list[list[Tensor]]]:
+    def differentiate(outputs: Tensor) -> dict[str, Tensor]:
         row = gradients_of(outputs)
-        return [[row(f @ m, wanted) for f in outputs] for m in mix.mT]
+        parts: dict[str, Tensor] = {}
+        for some in _portions(names, function.params):
+            wanted = [leaves[name] for name in some]
+            rows = [[row(f @ m, wanted) for f in outputs] for m in mix.mT]
+            for index, name in enumerate(some):
+                own = [[example[index].flatten() for example in o] for o in rows]
+                parts[name] = _products(own, problem, name)
+        return parts
 
-    found = function.during(leaves, x, differentiate)
-    rows = {}
-    for index, name in enumerate(names):
-        j = torch.stack([torch.stack([e[index] for e in o]) for o in found])
-        scale = problem.scale(name)
-        scaled = j if scale is None else j * scale.sqrt()
-        rows[name] = scaled.detach().reshape(*j.shape[:2], -1)
-    return rows
+    parts: dict[str, Tensor] = function.during(leaves, x, differentiate)
+    return parts
 
 
-def _products(blocks: list[Tensor], outputs: Contracted) -> Tensor:
-    products = Products(outputs, symmetric=False)
-    for j in blocks:
-        products.add(j, None)
-    return products.kernel(len(blocks[0]))
+def _portions(names: list[str], params: Params) -> Iterator[list[str]]:
+    """Parameters whose rows are held at a time: differentiating again is cheap."""
+    portion: list[str] = []
+    size = 0
+    for name in names:
+        if portion and size + params[name].numel() > _PORTION:
+            yield portion
+            portion, size = [], 0
+        portion.append(name)
+        size += params[name].numel()
+    yield portion
+
+
+@torch.no_grad()
+def _products(rows: list[list[Tensor]], problem: Problem, name: str) -> Tensor:
+    """The kernel of a parameter from its rows, without another copy of them."""
+    scale = problem.scale(name)
+    o, n = len(rows), len(rows[0])
+    kernel = rows[0][0].new_zeros(n, n, o, o)
+    for i, j, k, m in product(range(n), range(n), range(o), range(o)):
+        left, right = rows[k][i], rows[m][j]
+        if scale is not None:
+            left = left * (scale if scale.ndim == 0 else scale.flatten())
+        kernel[i, j, k, m] = left @ right
+    if problem.outputs == "full":
+        return kernel
+    diagonal = kernel.diagonal(dim1=2, dim2=3)
+    return diagonal.sum(-1) if problem.outputs == "trace" else diagonal
 
 
 def _norms(kernel: Kernel, outputs: Contracted) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backward passes, one number after the other; reentrant checkpoints included."""
+"""Backward passes and what they need; reentrant checkpoints included."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.nested import batch_size, leaves
 
 Gradients: TypeAlias = Callable[[Tensor, list[Tensor]], list[Tensor]]
 """`(number, leaves)` -> its derivative by each leaf, zero where there is no path."""
@@ -79,3 +81,47 @@ def _by_backward(number: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.to_dense()
         for leaf in leaves
     ]
+
+
+def leaf_parameters(function: ModelFunction) -> Params:
+    """All parameters; those need a gradient that do in training, or are measured."""
+    # Also those that are not measured: a reentrant checkpoint differentiates nothing
+    # unless one of its inputs needs a gradient.
+    return {
+        name: tensor.detach().requires_grad_(
+            name in function.params or name in function.trained
+        )
+        for name, tensor in (function.params | function.fixed).items()
+    }
+
+
+def graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
+    """Outputs of one example, and bytes its graph keeps for the backward pass.
+
+    Args:
+        function: The model.
+        x: A batch.
+
+    Returns:
+        c, and the bytes of one example.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would hold its own graph for ever
+
+    n = batch_size(x)
+    leaf = leaf_parameters(function)
+    known = {tensor.untyped_storage().data_ptr() for tensor in leaf.values()}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = function(leaf, x)
+    except RuntimeError:  # an `output_fn` that calls `torch.func` itself: a guess
+        outputs = function(leaf, x)
+        seen = [*leaves(x), outputs]
+        kept = {i: 32 * t.numel() * t.element_size() for i, t in enumerate(seen)}
+    refuse_bypassed(function, outputs)
+    saved = sum(size for pointer, size in kept.items() if pointer not in known)
+    return outputs.shape[1], -(-saved // n)

@@ -91,13 +91,11 @@ def spectral_density(
     deviation = width * span
     # Four points to a deviation, and five deviations beyond either end.
     points = math.ceil(4 * (1 / width + 10)) + 1
-    grid = torch.linspace(
-        low - 5 * deviation, high + 5 * deviation, points, dtype=nodes.dtype
-    )
+    grid = low + deviation * (torch.arange(points).to(nodes) / 4 - 5)
     if not math.isfinite(low + high):
         grid = torch.full_like(grid, torch.nan)
     density = torch.zeros_like(grid)
-    for node, weight in zip(nodes.cpu(), weights.cpu(), strict=True):
+    for node, weight in zip(nodes, weights, strict=True):
         density += weight * torch.exp(-(((grid - node) / deviation) ** 2) / 2)
     return SpectralDensity(
         grid, density / torch.trapezoid(density, grid), nodes, weights

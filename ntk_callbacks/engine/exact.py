@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ntk_callbacks._types import Inputs, Kernel, Params
-from ntk_callbacks.engine.backward import gradients_of, refuse_bypassed
+from ntk_callbacks.engine.backward import (
+    gradients_of,
+    graph_size,
+    leaf_parameters,
+)
 from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
-from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.layout import symmetric
 from ntk_callbacks.nested import batch_size, examples, leaves, replace_leaves
 
@@ -49,7 +52,7 @@ def contracted(problem: Problem, jacobian: Jacobian) -> dict[str, Kernel]:
     function = problem.function
     coupled = [problem.joint or is_coupled(function, x) for x in problem.sides]
     n = [batch_size(x) for x in problem.sides]
-    c, activations = _graph_size(function, problem.x1)
+    c, activations = graph_size(function, problem.x1)
     plan = passes(
         {name: function.params[name].numel() for name in problem.groups},
         sum(n) * c,
@@ -159,7 +162,7 @@ def row_jacobian(
 ) -> None:
     """J row by row: one backward pass for each output of each example."""
     function = problem.function
-    leaf = _leaf_parameters(function)
+    leaf = leaf_parameters(function)
     wanted = [leaf[name] for name in names]
 
     def differentiate(outputs: Float[Tensor, "m c"], start: int) -> None:
@@ -175,37 +178,6 @@ def row_jacobian(
     for start in [0] if joint else range(n):
         part = x if joint else examples(x, start, start + 1)
         function.during(leaf, part, partial(differentiate, start=start))
-
-
-def _leaf_parameters(function: ModelFunction) -> Params:
-    """All parameters; those need a gradient that do in training, or are measured."""
-    # Also those that are not measured: a reentrant checkpoint differentiates nothing
-    # unless one of its inputs needs a gradient.
-    return {
-        name: tensor.detach().requires_grad_(
-            name in function.params or name in function.trained
-        )
-        for name, tensor in (function.params | function.fixed).items()
-    }
-
-
-def _graph_size(function: ModelFunction, x: Inputs) -> tuple[int, int]:
-    """Outputs of one example, and bytes its graph keeps for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would hold its own graph for ever
-
-    n = batch_size(x)
-    leaf = _leaf_parameters(function)
-    known = {tensor.untyped_storage().data_ptr() for tensor in leaf.values()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = function(leaf, x)
-    refuse_bypassed(function, outputs)
-    saved = sum(size for pointer, size in kept.items() if pointer not in known)
-    return outputs.shape[1], -(-saved // n)
 
 
 def checked_vmap(problem: Problem) -> dict[str, Kernel]:

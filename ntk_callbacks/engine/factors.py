@@ -78,13 +78,14 @@ class Direct:
     Args:
         rows: The gradient by the output -> ∂f_k/∂p, `(n, *shape of p)`.
         size: Entries of p.
-        work: Multiply-adds of `rows` for one example.
+        output: Entries of the output for one example, about the multiply-adds of
+            `rows`.
         bias: Whether the rows are those of an `Outer` of the same tap with a = 1.
     """
 
     rows: Callable[[Tensor], Tensor]
     size: int
-    work: int
+    output: int
     bias: bool = False
 
 

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
-from ntk_callbacks.engine.backward import gradients_of
-from ntk_callbacks.engine.exact import _leaf_parameters
+from ntk_callbacks.engine.backward import gradients_of, leaf_parameters
 from ntk_callbacks.engine.pushforward import (
     WAYS,
     ForwardModeWatch,
@@ -91,7 +90,7 @@ class Linearization:
 
     @cached_property
     def _leaf(self) -> Params:
-        return _leaf_parameters(self.function)
+        return leaf_parameters(self.function)
 
     @cached_property
     def _wanted(self) -> list[Tensor]:

@@ -7,8 +7,8 @@ from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.survey import Place
 from ntk_callbacks.engine.terms import Sizes, Term
 
-_LARGEST_WORKSPACE = 2**24
-"""Numbers: larger blocks are no faster, they only take memory."""
+_LARGEST_WORKSPACE = 2**23
+"""Numbers: larger blocks are hardly faster, they only take memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
     @property
     def workspace(self) -> int:
         """Numbers that a contraction may allocate at a time."""
-        return max(1, min(self.budget // 4 // self.itemsize, _LARGEST_WORKSPACE))
+        return max(1, min(self.budget // 10 // self.itemsize, _LARGEST_WORKSPACE))
 
     @property
     def coverage(self) -> float:
@@ -145,22 +145,25 @@ class Plan:
             The plan with other blocks of examples and other sweeps. Terms that fit
             for no two examples take an exact route, which cuts them further.
         """
-        half = budget // 2 // self.itemsize
+        # The rest is for the workspace, for autograd itself, and for what an allocator
+        # wastes; the guard holds a copy of the weights.
+        weights = sum(self.sizes_of.values()) * self.itemsize
+        room = (budget - weights) // 3 // self.itemsize
         n = max(self.sizes.n1, self.sizes.n2)
         each = {term: term.kept / self.sizes.examples for term in self.terms}
         wide = {
             name: "it does not fit into the memory budget"
             for term in self.terms
-            if 2 * each[term] > half
+            if 2 * each[term] > room
             for name in term.names
         }
         if wide:
             return replace(self, budget=budget).without(wide)
         largest = max(each.values(), default=0)
-        if largest * self.sizes.examples <= half:
+        if largest * self.sizes.examples <= room:
             block, together = n, self.sizes.examples
         else:
-            block = max(1, int(half / (2 * largest)))
+            block = max(1, int(room / (2 * largest)))
             together = 2 * block
         sweeps: list[list[Term]] = []
         free = 0.0
@@ -168,7 +171,7 @@ class Plan:
             need = each[term] * together
             if not sweeps or need > free:
                 sweeps.append([])
-                free = half
+                free = room
             sweeps[-1].append(term)
             free -= need
         return replace(
@@ -208,8 +211,8 @@ class Plan:
         )
         yield (
             f"J Jᵀ alone would take {dense / 1e6:,.1f} MFLOP. {self.coverage:.1%} of "
-            f"the parameters are on fast routes; {len(self.sweeps)} sweeps, blocks of "
-            f"{self.block} examples, at most {self.budget / 2**20:,.0f} MiB."
+            f"the parameters are on fast routes. Backward sweeps: {len(self.sweeps)}; "
+            f"examples at a time: {self.block}; budget: {self.budget / 2**20:,.0f} MiB."
         )
 
 

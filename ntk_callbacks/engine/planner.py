@@ -64,7 +64,8 @@ def planned_for(problem: Problem) -> Plan:
     pair = problem.at([0, -1]).x1
     here = function.params | function.fixed
     try:
-        found = surveyed(function, beside(function), pair, names)
+        noisy = beside(function)
+        found = surveyed(function, noisy, pair, names)
         plan = replace(
             plan,
             places=tuple(found.places),
@@ -75,8 +76,9 @@ def planned_for(problem: Problem) -> Plan:
         )
         failed: dict[str, str] = {}
         if function.device.type != "meta":  # there, there is nothing to compare
-            for params in (beside(function), here):
-                failed |= failures(plan, problem, params, pair)
+            del found  # its graph takes memory
+            for seed, params in enumerate((noisy, here)):
+                failed |= failures(plan, problem, params, pair, seed)
     except UnsupportedModelError:
         raise
     except Exception as error:  # a model may break in any way when it is looked into

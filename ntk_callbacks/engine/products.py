@@ -21,8 +21,8 @@ from ntk_callbacks._types import (
     Scaling,
 )
 from ntk_callbacks.engine.arguments import Request
+from ntk_callbacks.engine.backward import graph_size
 from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
-from ntk_callbacks.engine.exact import _graph_size
 from ntk_callbacks.engine.linearization import Linearization, examples_that_fit, split
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.pushforward import Way
@@ -124,7 +124,7 @@ class TangentOperator:
             refuse_randomness(function, self._x)
             self._joint = problem.joint or is_coupled(function, self._x)
             measured = self._x if self._joint else examples(self._x, 0, 1)
-            self.c, activations = _graph_size(function, measured)
+            self.c, activations = graph_size(function, measured)
             self._scale = self._flat_scale(problem)
         self.shape = self.n * self.c, sum(t.numel() for t in self._shapes.values())
         half = problem.budget // 2

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ntk_callbacks._types import Inputs, Params
-from ntk_callbacks.engine.exact import _leaf_parameters
+from ntk_callbacks.engine.backward import leaf_parameters
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import leaves
 
@@ -68,7 +68,7 @@ def double_backward(
     Returns:
         The derivative of the outputs along each tangent.
     """
-    leaf = _leaf_parameters(function)
+    leaf = leaf_parameters(function)
 
     def transposed_twice(outputs: Float[Tensor, "n c"]) -> list[Tensor]:
         weight = torch.ones_like(outputs).requires_grad_()

@@ -100,7 +100,7 @@ def local(call: Call, *args: Any, **kwargs: Any) -> dict[int, Use]:
         return torch.stack([g.to_dense() for g in found])
 
     return {
-        key: Direct(partial(rows, own=own), own[0].numel(), work * own[0].numel())
+        key: Direct(partial(rows, own=own), own[0].numel(), work)
         for key, own in copies.items()
     }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.contraction import Strand
-from ntk_callbacks.engine.factors import Call, Direct, Lookup, Outer, Use
+from ntk_callbacks.engine.factors import Call, Lookup, Outer, Use
 from ntk_callbacks.engine.survey import (
     Place,
     gradients_at,
@@ -57,7 +57,7 @@ class Side:
         self.o = self.outputs.shape[1]
         self._places = places
         self._uses: dict[int, list[Use]] = {}
-        self._gradients: dict[int, list[Tensor]] = {}
+        self._gradients: dict[int, Tensor] = {}
         self._rows: dict[tuple[int, int], list[Tensor]] = {}
 
     def use(self, member: Member) -> Use:
@@ -80,19 +80,22 @@ class Side:
             together: Whether the passes are made as one.
         """
         members = [member for term in terms for member in term.members]
-        direct = [m for m in members if isinstance(self.use(m), Direct)]
-        kept = {m.tap for m in members if not isinstance(self.use(m), Direct)}
+        direct = [m for term in terms if term.early for m in term.members]
+        kept = {m.tap for term in terms if not term.early for m in term.members}
         taps = sorted({m.tap for m in members})
-        self._gradients = {tap: [] for tap in kept}
         self._rows = {(m.tap, m.slot): [] for m in direct}
-        for gradients in self._passes(taps, together):
+        for k, gradients in enumerate(self._passes(taps, together)):
             by_tap = dict(zip(taps, gradients, strict=True))
             for tap in kept:
-                self._gradients[tap].append(by_tap[tap])
+                if tap not in self._gradients:
+                    # All at once: holding what autograd allocates piece by piece
+                    # would leave holes in memory that nothing else fits into.
+                    whole = by_tap[tap].new_empty(self.o, *by_tap[tap].shape)
+                    self._gradients[tap] = whole
+                self._gradients[tap][k] = by_tap[tap]
             for m in direct:
-                use = self.use(m)
-                assert isinstance(use, Direct)
-                self._rows[m.tap, m.slot].append(use.rows(by_tap[m.tap]))
+                rows = self.use(m).rows(by_tap[m.tap]).detach()
+                self._rows[m.tap, m.slot].append(rows)
 
     def _passes(self, taps: list[int], together: bool) -> Iterator[list[Tensor]]:
         """For each output, the gradients by the outputs of the taps."""
@@ -147,13 +150,15 @@ class Side:
 
     def _rows_of(self, member: Member) -> Tensor:
         """`(o, n, *shape of what the tap sees)`."""
-        use = self.use(member)
-        if isinstance(use, Direct):
-            return torch.stack(self._rows[member.tap, member.slot])
-        return torch.stack([use.rows(g) for g in self._gradients[member.tap]])
+        early = self._rows.get((member.tap, member.slot))
+        if early is None:
+            use = self.use(member)
+            early = [use.rows(g) for g in self._gradients[member.tap]]
+        return torch.stack(early)
 
     def forget(self) -> None:
-        """Free the gradients of the last backward passes."""
+        """Free the gradients of the last backward passes, and what came of them."""
+        self._uses.clear()
         self._gradients.clear()
         self._rows.clear()
 

@@ -99,6 +99,8 @@ class Term:
         route: How it is contracted.
         work: Multiply-adds.
         kept: Numbers that are held until it is contracted.
+        early: Whether its rows of J are formed as soon as a gradient is there, which
+            is then not held.
         bias: The bias that is contracted with it.
     """
 
@@ -107,6 +109,7 @@ class Term:
     route: Route
     work: float
     kept: int
+    early: bool = False
     bias: str | None = None
 
     @property
@@ -209,11 +212,12 @@ def planned(
         shared = min(tables[0].table[0], t * max(sizes.n1, sizes.n2))
         return Term(name, own, "lookup", sizes.gram(c * shared), kept)
     work, kept = sizes.gram(size), sizes.o * sizes.examples * size
+    early = all(isinstance(use, Direct) for use in found)
     for use in found:
         each, held = _rows_cost(use)
         work += sizes.o * sizes.examples * each
-        kept += sizes.o * sizes.examples * held
-    return Term(name, own, "rows", work, kept)
+        kept += 0 if early else sizes.o * sizes.examples * held
+    return Term(name, own, "rows", work, kept, early)
 
 
 def _outer(
@@ -237,14 +241,16 @@ def _outer(
         else:
             costs["factored"] = sizes.pairs * (t * t * (d + o * c) + o * o * t * c)
     route = min(costs, key=lambda key: costs[key])
-    kept = o * n * q * t * c
-    return Term(name, members, route, costs[route], kept)
+    if route == "materialized" and len(uses) == 1 and 4 * d < t:
+        # The rows are smaller than the gradient that they are made of.
+        return Term(name, members, "rows", costs[route], o * n * q * c * d, True)
+    return Term(name, members, route, costs[route], o * n * q * t * c)
 
 
 def _rows_cost(use: Use) -> tuple[int, int]:
-    """Multiply-adds and numbers held, for each output of each example."""
+    """Multiply-adds and size of the gradient, for each output of each example."""
     if isinstance(use, Direct):
-        return use.work, 0
+        return use.output, use.output
     if isinstance(use, Lookup):
         t, c = use.ids.shape[1], use.table[1]
         return t * c, t * c
