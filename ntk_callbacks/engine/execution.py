@@ -20,7 +20,8 @@ from ntk_callbacks.engine.lookup import looked_up
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.sides import ChangedModelError, Side
-from ntk_callbacks.engine.terms import Term, extent, view_of
+from ntk_callbacks.engine.terms import Term
+from ntk_callbacks.engine.views import extent, view_of
 from ntk_callbacks.layout import symmetric
 from ntk_callbacks.nested import examples
 

@@ -148,7 +148,7 @@ class Plan:
         # The rest is for the workspace, for autograd itself, and for what an allocator
         # wastes; the guard holds a copy of the weights.
         weights = sum(self.sizes_of.values()) * self.itemsize
-        room = (budget - weights) // 3 // self.itemsize
+        room = max(0, budget - weights) // 3 // self.itemsize
         n = max(self.sizes.n1, self.sizes.n2)
         each = {term: term.kept / self.sizes.examples for term in self.terms}
         wide = {

@@ -12,14 +12,8 @@ from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.engine.plan import Plan, scaled_names
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.survey import Survey, gradients_at, surveyed
-from ntk_callbacks.engine.terms import (
-    Sizes,
-    Term,
-    extent,
-    overlapping,
-    planned,
-    with_biases,
-)
+from ntk_callbacks.engine.terms import Sizes, Term, overlapping, planned, with_biases
+from ntk_callbacks.engine.views import extent
 from ntk_callbacks.errors import UnsupportedModelError
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from ntk_callbacks.engine.survey import (
     record,
     uses_of,
 )
-from ntk_callbacks.engine.terms import Member, Term, extent, view_of
+from ntk_callbacks.engine.terms import Member, Term
+from ntk_callbacks.engine.views import extent, view_of
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size
 

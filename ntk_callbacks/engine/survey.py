@@ -12,7 +12,8 @@ from ntk_callbacks.engine.batch_axis import BatchAxis, located
 from ntk_callbacks.engine.factors import Call, Outer, Use, unexpanded
 from ntk_callbacks.engine.rules import RULES, Rule, local
 from ntk_callbacks.engine.taps import Recorder, Tap
-from ntk_callbacks.engine.terms import Member, View, roots, view_of
+from ntk_callbacks.engine.terms import Member
+from ntk_callbacks.engine.views import View, roots, view_of
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, map_tensors
 
