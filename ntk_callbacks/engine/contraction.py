@@ -90,8 +90,10 @@ class Products:
         return total.view(o, n1, o, n2).permute(1, 3, 0, 2)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
-    """Add `left @ right` to `total`; only its upper triangle if that is enough."""
+def add_product(
+    total: Tensor, left: Tensor, right: Tensor, symmetric: bool, beta: int = 1
+) -> None:
+    """`total = beta·total + left @ right`; its upper triangle if that is enough."""
     count = 1
     if symmetric:
         count = 4 if len(left) >= 256 else 2 if len(left) >= 64 else 1
@@ -99,7 +101,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> 
     for start in range(0, len(left), size):
         block = total[start : start + size, start if symmetric else 0 :]
         columns = right[:, start:] if symmetric else right
-        block.addmm_(left[start : start + size], columns)
+        block.addmm_(left[start : start + size], columns, beta=beta)
 
 
 def materialized(
@@ -180,6 +182,7 @@ def paired(
     workspace: int,
     scale: float = 1.0,
     offset: float = 0.0,
+    into: Kernel | None = None,
 ) -> Kernel:
     """The kernel by products of pairs of positions; for `"full"` there is one position.
 
@@ -190,9 +193,10 @@ def paired(
         workspace: Numbers that may be allocated at a time.
         scale: Λ of the weight.
         offset: Λ of the bias that goes with it.
+        into: A full kernel to add to: large ones are limited by memory, not operations.
 
     Returns:
-        The kernel, summed over the outputs for `"trace"`.
+        The kernel, summed over the outputs for `"trace"`; or `into`.
     """
     o = len(left[0].g)
     a1, a2 = _positions(left), _positions(right or left)
@@ -204,10 +208,12 @@ def paired(
             if right is None
             else _stacked(right)[:, :, 0].transpose(0, 1).flatten(0, 1)
         )
-        gram = g1.new_zeros(len(g1), len(g2))
-        add_product(gram, g1, g2.mT, right is None)
+        gram = g1.new_empty(len(g1), len(g2))
+        add_product(gram, g1, g2.mT, right is None, beta=0)
         blocks = gram.view(len(a1), o, len(a2), o).transpose(1, 2)
-        return blocks * weights[:, :, None, None]
+        if into is None:
+            return blocks * weights[:, :, None, None]
+        return into.addcmul_(blocks, weights[:, :, None, None])
     g1, g2 = _stacked(left), _stacked(right or left)
     (n1, t, _), (n2, t2, _) = a1.shape, a2.shape
     kernel = a1.new_zeros(o if outputs == "diagonal" else 1, n1, n2)

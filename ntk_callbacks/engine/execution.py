@@ -53,11 +53,16 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
         ]
         if any(side.o != plan.sizes.o for side in sides):
             raise ChangedModelError("the number of outputs differs from the plan's")
-        for term, kernel in _terms(plan, block, sides):
-            part = problem.groups[term.name]
-            if part not in parts:
-                parts[part] = _zeros(problem, sides[0].o)
-            parts[part][rows, columns] += kernel.to(parts[part].device)
+        for sweep in plan.sweeps:
+            for side in sides:
+                side.differentiate(sweep, plan.together)
+            for term in sweep:
+                part = problem.groups[term.name]
+                if part not in parts:
+                    parts[part] = _zeros(problem, plan.sizes.o)
+                _add(term, sides, plan, block, parts[part][rows, columns])
+            for side in sides:
+                side.forget()
     for part in problem.groups.values():  # of parameters that nothing uses
         if part not in parts:
             parts[part] = _zeros(problem, plan.sizes.o)
@@ -73,20 +78,18 @@ def _zeros(problem: Problem, o: int) -> Kernel:
     return like.new_zeros(*problem.sizes, *shape)
 
 
-def _terms(
-    plan: Plan, problem: Problem, sides: list[Side]
-) -> Iterator[tuple[Term, Kernel]]:
-    for sweep in plan.sweeps:
-        for side in sides:
-            side.differentiate(sweep, plan.together)
-        for term in sweep:
-            with torch.no_grad():
-                kernel = contracted_term(
-                    term, sides, problem.outputs, problem.scale, plan.workspace
-                )
-            yield term, kernel / sides[0].o if problem.outputs == "trace" else kernel
-        for side in sides:
-            side.forget()
+@torch.no_grad()
+def _add(
+    term: Term, sides: list[Side], plan: Plan, problem: Problem, total: Kernel
+) -> None:
+    """Add the kernel of a term to its part."""
+    outputs, scale, workspace = problem.outputs, problem.scale, plan.workspace
+    if term.route == "paired" and outputs == "full":
+        contracted_term(term, sides, outputs, scale, workspace, into=total)
+        return
+    kernel = contracted_term(term, sides, outputs, scale, workspace)
+    alpha = 1 / sides[0].o if outputs == "trace" else 1.0
+    total.add_(kernel.to(total.device), alpha=alpha)
 
 
 def _blocks(plan: Plan, problem: Problem) -> Iterator[tuple[slice, slice, Problem]]:
@@ -110,7 +113,12 @@ def _blocks(plan: Plan, problem: Problem) -> Iterator[tuple[slice, slice, Proble
 
 
 def contracted_term(
-    term: Term, sides: Sequence[Side], outputs: Contracted, scale: Scale, workspace: int
+    term: Term,
+    sides: Sequence[Side],
+    outputs: Contracted,
+    scale: Scale,
+    workspace: int,
+    into: Kernel | None = None,
 ) -> Kernel:
     """The kernel of one term, summed over the outputs for `"trace"`.
 
@@ -120,9 +128,10 @@ def contracted_term(
         outputs: What is kept of the output axes.
         scale: Λ of each parameter.
         workspace: Numbers that may be allocated at a time.
+        into: For a full kernel on the paired route, what it is added to.
 
     Returns:
-        `(n1, n2, o, o)`, `(n1, n2)` or `(n1, n2, o)`.
+        `(n1, n2, o, o)`, `(n1, n2)` or `(n1, n2, o)`; or `into`.
     """
     own = scale(term.name)
     scalar = 1.0 if own is None else float(own) if own.ndim == 0 else None
@@ -133,7 +142,7 @@ def contracted_term(
         strands = [side.strands(term) for side in sides]
         right = strands[1] if len(sides) > 1 else None
         if term.route == "paired":
-            return paired(strands[0], right, outputs, workspace, scalar, offset)
+            return paired(strands[0], right, outputs, workspace, scalar, offset, into)
         return factored(strands[0], right, workspace, scalar, offset)
     root = None if scalar is not None or own is None else _root(term, sides[0], own)
     if term.route == "materialized":
