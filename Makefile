@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint bench bench-rivals clean
 
 ## Train a small network on real images with the three monitors (about a minute).
 demo: .venv/.run
@@ -24,12 +24,31 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-## The kernel routes beside the usual recipes, in one interleaved run (a minute or two).
+## Our kernels beside their rivals, in one interleaved run (a quarter of an hour), or
+## how their cost grows (`make bench ARGS=growth`); `make bench ARGS=--help` says more.
 bench: .venv/.run
-	$(BIN)/python tests/bench/kernels.py
+	PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+## The rivals that are libraries, each in an environment of its own: `bench` finds them.
+bench-rivals: .venv-rivals/.done .venv-jax/.done
+
+.venv-rivals/.done: constraints.txt
+	$(PYTHON) -m venv .venv-rivals
+	echo "*" > .venv-rivals/.gitignore
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt torch nngeometry==0.4 curvlinops-for-pytorch==3.0.1
+	touch $@
+
+# The last jax for which all of neural-tangents works.
+.venv-jax/.done:
+	$(PYTHON) -m venv .venv-jax
+	echo "*" > .venv-jax/.gitignore
+	.venv-jax/bin/python -m pip install --quiet --disable-pip-version-check \
+		neural-tangents==0.6.5 jax==0.4.25 jaxlib==0.4.25 "numpy<2" "scipy<1.13"
+	touch $@
 
 clean:
-	rm -rf .venv outputs multirun
+	rm -rf .venv .venv-rivals .venv-jax outputs multirun
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -76,7 +76,8 @@ def audit_error(
         place = chosen.to(whole.device)
         difference = whole[place][:, place] - again
         errors.append(_error(difference, _norms(again, problem.outputs)))
-    return max(errors, default=0.0)
+    found = torch.tensor([0.0, *errors], dtype=torch.double)
+    return float(found.max())  # NaN if one of them is
 
 
 def _compared(

@@ -200,6 +200,9 @@ class Plan:
                 work = f"{2 * term.work / 1e6:,.1f}" if own else ""
                 kept = f"{term.kept * self.itemsize / 2**20:,.1f}" if own else ""
                 yield f"{name:<{width}}  {route:<12} {work:>10} {kept:>8}"
+        used = {name for term in self.terms for name in term.names} | self.exact.keys()
+        for name in self.sizes_of.keys() - used:
+            yield f"{name:<{width}}  {'unused':<12}"
         for name, reason in self.exact.items():
             yield f"{name:<{width}}  {'exact':<12} {'':>10} {'':>8}  {reason}"
         moved = 2 * self.propagation * s.examples

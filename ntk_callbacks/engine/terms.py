@@ -47,7 +47,9 @@ class Sizes:
     @property
     def pairs(self) -> float:
         """Pairs of examples whose products are needed."""
-        return self.n1 * (self.n1 + 1) / 2 if self.symmetric else self.n1 * self.n2
+        return (
+            self.n1 * (self.n1 + 1) / 2 if self.symmetric else float(self.n1 * self.n2)
+        )
 
     def gram(self, columns: int) -> float:
         """Multiply-adds of J₁ J₂ᵀ."""
