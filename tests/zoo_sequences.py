@@ -232,7 +232,7 @@ SEQUENCES = [
         lambda: mixing(complex_rotary, frequency=torch.tensor([1.0, 0.3, 0.1])),
         sequences,
     ),
-    # `torch.func` is wrong about PReLU where n = c; the bag is to be exact all the same.
+    # `torch.func` is wrong about PReLU where n = c; the bag must be exact anyway.
     Case(
         "embedding_bag_prelu",
         lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.PReLU(4), nn.Linear(4, 2)),

@@ -1,5 +1,6 @@
 """Holds a plan against plain autograd, on the user's own model."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -13,7 +14,7 @@ from ntk_callbacks.engine.contraction import Contracted
 from ntk_callbacks.engine.execution import contracted_term, run
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.problem import Problem
-from ntk_callbacks.engine.sides import Side
+from ntk_callbacks.engine.sides import ChangedModelError, Side
 from ntk_callbacks.layout import symmetric
 
 _COMBINATIONS = 2  # of the outputs, drawn at random
@@ -63,19 +64,24 @@ def audit_error(
 
     Returns:
         Largest error of an entry Θ[i, j] in units of √(Θ[i, i] Θ[j, j]): some round-off
-        if all is well. NaN if the kernel is not finite.
+        if all is well. NaN if the kernel is not finite, ∞ if the model has changed.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(problem.sizes[0], generator=generator)[:2].sort().values
     some = replace(problem, x2=None).at(chosen.tolist())
     params = problem.function.params | problem.function.fixed
-    errors = [error for _, error, _ in _compared(plan, problem, params, some.x1, seed)]
-    if not plan.coupled and problem.x2 is None:
-        again = torch.stack(list(run(plan, some).values())).sum(0)
-        whole = torch.stack(list(parts.values())).sum(0)
-        place = chosen.to(whole.device)
-        difference = whole[place][:, place] - again
-        errors.append(_error(difference, _norms(again, problem.outputs)))
+    try:
+        errors = [
+            error for _, error, _ in _compared(plan, problem, params, some.x1, seed)
+        ]
+        if not plan.coupled and problem.x2 is None:
+            again = torch.stack(list(run(plan, some).values())).sum(0)
+            whole = torch.stack(list(parts.values())).sum(0)
+            place = chosen.to(whole.device)
+            difference = whole[place][:, place] - again
+            errors.append(_error(difference, _norms(again, problem.outputs)))
+    except ChangedModelError:  # since the kernel was measured
+        return math.inf
     found = torch.tensor([0.0, *errors], dtype=torch.double)
     return float(found.max())  # NaN if one of them is
 

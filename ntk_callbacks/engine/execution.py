@@ -44,7 +44,8 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
     """
     parts: dict[str, Kernel] = {}
     if plan.exact:
-        parts = fallback(problem.only(list(plan.exact)))
+        own = replace(problem.only(list(plan.exact)), budget=plan.budget)
+        parts = fallback(own)
     params = problem.function.params | problem.function.fixed
     for rows, columns, block in _blocks(plan, problem):
         sides = [
@@ -134,11 +135,11 @@ def contracted_term(
         `(n1, n2, o, o)`, `(n1, n2)` or `(n1, n2, o)`; or `into`.
     """
     own = scale(term.name)
-    scalar = 1.0 if own is None else float(own) if own.ndim == 0 else None
+    scalar = 1.0 if own is None else _number(own) if own.ndim == 0 else None
     if term.route in ("paired", "factored"):
         assert scalar is not None
         bias = None if term.bias is None else scale(term.bias)
-        offset = 0.0 if term.bias is None else 1.0 if bias is None else float(bias)
+        offset = 0.0 if term.bias is None else 1.0 if bias is None else _number(bias)
         strands = [side.strands(term) for side in sides]
         right = strands[1] if len(sides) > 1 else None
         if term.route == "paired":
@@ -162,6 +163,10 @@ def contracted_term(
         products.add(j[0], j[1] if len(sides) > 1 else None)
         kernel = products.kernel(sides[0].o)
     return kernel if scalar in (None, 1.0) else kernel * scalar
+
+
+def _number(scale: Tensor) -> float:
+    return 1.0 if scale.is_meta else float(scale)
 
 
 def _root(term: Term, side: Side, scale: Tensor) -> Tensor:

@@ -199,17 +199,17 @@ def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
         MemoryBudgetError: If not even one example fits into the budget.
         UnsupportedModelError: If the kernel would be wrong or undefined.
     """
+    planned_anew = False
     while True:
         try:
             return run(plan, problem), plan
         except (MemoryBudgetError, UnsupportedModelError):
             raise
         except ChangedModelError as change:
-            again = new_plan(problem)
-            if again == plan:
+            if planned_anew:
                 plan = plan.all_exact(f"it does something else each time ({change})")
             else:
-                plan = again
+                plan, planned_anew = new_plan(problem), True
             _log.info("%s: planned anew, because %s", plan.model, change)
         except Exception as error:
             if not _out_of_memory(error):

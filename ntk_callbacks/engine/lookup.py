@@ -43,7 +43,7 @@ def looked_up(
         g1[0].new_zeros(o, n1, 1), g1[0].new_zeros(o, n2, 1) if right else None
     )
     width = max(1, workspace // (o * (n1 + n2) * c))
-    for block in shared.split(width):
+    for block in shared.split(width) if len(shared) else ():
         j1 = _rows_of_ids(ids1, g1, block)
         products.add(j1, _rows_of_ids(ids2, g2, block) if right else None)
     kernel = products.kernel(o)

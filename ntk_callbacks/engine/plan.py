@@ -68,7 +68,7 @@ class Plan:
     @property
     def flops(self) -> float:
         """Floating-point operations of all contractions, two for a multiply-add."""
-        return 2 * sum(term.work for term in self.terms)
+        return 2.0 * sum(term.work for term in self.terms)
 
     @property
     def workspace(self) -> int:

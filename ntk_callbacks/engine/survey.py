@@ -39,9 +39,10 @@ class Place:
 
     Args:
         function: Name of the torch function.
-        shape: Shape of the output, with what one example takes of its batch axis.
+        shape: Shape of the output, with what one example takes of its batch axis;
+            empty if no batch axis is known.
         sources: The parameters behind each slot, and the view where it is one.
-        axis: Batch axis of the output; None if nothing depends on this tap.
+        axis: Batch axis of the output; None if there is none, or it does not matter.
         rule: How its rows follow.
     """
 
@@ -212,7 +213,12 @@ def _uses(call: Call) -> tuple[Rule | None, list[Use]]:
         if rule is None:
             continue
         try:
-            return rule, uses_of(call, rule)
+            uses = uses_of(call, rule)
+            for use, source in zip(uses, call.tap.sources.values(), strict=True):
+                rows = use.rows(source.detach().new_zeros(call.tap.shape))
+                shape = (call.n, *unexpanded(source).shape)
+                call.expect(rows.shape == shape, "rows of another shape")
+            return rule, uses
         except Exception:  # a rule may fail in any way on arguments it does not know
             continue
     return None, []
@@ -255,8 +261,9 @@ def _place(
     rule: Rule | None,
     n: int,
 ) -> Place:
-    shape = list(tap.shape)
+    shape: list[int] = []
     if axis is not None:
+        shape = list(tap.shape)
         shape[axis.axis] //= n
     name = getattr(tap.function, "__name__", str(tap.function))
     return Place(name, tuple(shape), sources, axis, rule)
