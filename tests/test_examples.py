@@ -140,4 +140,7 @@ def test_example_can_be_read_from_top_to_bottom(script):
 
 def test_every_example_is_run():
     names = {script.stem for script in SCRIPTS}
-    assert names == {"plain_trainer", "plain_loop", "kernel_in_a_notebook"}
+    assert names == {
+        *("plain_trainer", "plain_loop"),
+        *("kernel_in_a_notebook", "kernel_of_any_size"),
+    }

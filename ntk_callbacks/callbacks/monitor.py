@@ -198,12 +198,13 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             self._skip(error)
             return
         self._failures = 0
+        # Not in the history: a resumed run could not repeat it.
+        self.history.append((measurement.step, dict(measurement.scalars)))
         tag = monitor_tag("seconds", self.instrument.name)
         measurement.scalars[tag] = time.perf_counter() - start
         self._report(trainer, measurement)
 
     def _report(self, trainer: Any, measurement: Measurement) -> None:
-        self.history.append((measurement.step, measurement.scalars))
         for name, error in report(measurement, trainer.loggers):
             if self.on_error == "raise":
                 raise error

@@ -20,13 +20,7 @@ from ntk_callbacks.nested import batch_size, map_tensors
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward pass with its taps.
-
-    Args:
-        parameters: The leaves that were differentiated.
-        outputs: `(n, c)`.
-        taps: In the order of the forward pass.
-    """
+    """One forward pass: the leaves, the outputs `(n, c)`, the taps in their order."""
 
     parameters: Params
     outputs: Tensor

@@ -135,6 +135,24 @@ def test_factored(factors, uses, second, workspace):
     check(kernel, left, right, "full", **factors)
 
 
+@pytest.mark.parametrize("n", [4, 40])  # 120 rows of J: only half of the products
+@pytest.mark.parametrize("second", SIDES)
+def test_paired_adds_to_a_kernel_in_place(second, n):
+    left = side(n, (1,))
+    right = None if second is None else side(second, (1,))
+    value = expected(left, right, "full", scale=2.0, offset=0.7)
+    whole = torch.zeros(n + 2, 9, O, O, dtype=torch.float64)
+    if right is None:
+        whole = torch.zeros(n + 2, n + 2, O, O, dtype=torch.float64)
+    part = whole[1 : n + 1, 1 : 1 + value.shape[1]]
+    for times in (1, 2):
+        assert paired(left, right, "full", 50, 2.0, 0.7, into=part) is part
+        kernel = symmetric(part) if right is None else part
+        assert relative_error(kernel, times * value) < TOLERANCE
+    part.zero_()
+    assert not whole.any()  # nothing beside it was written to
+
+
 @pytest.mark.parametrize("second", SIDES)
 def test_all_ways_give_the_same_numbers(second):
     left = side(4, (3, 2))
