@@ -141,6 +141,17 @@ def test_the_table_of_a_model_whose_examples_depend_on_one_another():
     assert relative_error(ntk, ntk_by_loop(model, x)) < TOLERANCE
 
 
+def test_a_bias_goes_where_its_weight_goes(net, x):
+    plan = plan_ntk(net, x).without({"2.weight": "for a reason"})
+    beside = "it was planned together with one that does"
+    assert plan.exact == {"2.weight": "for a reason", "2.bias": beside}
+    assert {name for term in plan.terms for name in term.names} == {
+        *("0.weight", "0.bias", "4.weight", "4.bias")
+    }
+    ntk = empirical_ntk(net, x, route=plan)
+    assert relative_error(ntk, ntk_by_loop(net, x)) < TOLERANCE
+
+
 # What a route costs. Three examples are 6 pairs; two outputs are 6 rows of J.
 
 
