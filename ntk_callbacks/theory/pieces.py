@@ -1,0 +1,178 @@
+"""Where an activation is smooth: the real line cut into pieces that a polynomial fits.
+
+The cuts depend on the activation alone, so that one search serves integrals against
+Gaussians of every width. A kink is found by bisection, to about 1e-14.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ntk_callbacks.theory.activations import check_elementwise, value_and_slope
+
+NODES = 16
+_TOLERANCE = 1e-12
+_NARROW = 2.0**-46
+_MOST_PIECES = 4096
+
+
+@cache
+def legendre_rule(count: int) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Nodes and weights of Gauss-Legendre quadrature on [−1, 1], float64.
+
+    Golub and Welsch (1969): eigenvalues of the Jacobi matrix, weights from its
+    eigenvectors.
+
+    Args:
+        count: Number of nodes.
+
+    Returns:
+        Nodes in increasing order, and weights that sum to 2.
+    """
+    k = torch.arange(1, count, dtype=torch.float64)
+    off_diagonal = k / (4 * k**2 - 1).sqrt()
+    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    nodes, vectors = torch.linalg.eigh(matrix)
+    nodes = (nodes - nodes.flip(0)) / 2  # symmetric to the last bit
+    weights = 2 * vectors[0] ** 2
+    return nodes, (weights + weights.flip(0)) / 2
+
+
+def smooth_pieces(
+    activation: Callable[[Tensor], Tensor], reach: float
+) -> Float[Tensor, " m"]:
+    """Cuts between which φ and φ' are polynomials of degree 15, to 1e-12.
+
+    The error of a piece is measured by interpolation at 17 further points, relative to
+    the largest |φ| nearer to 0.
+
+    Args:
+        activation: φ, elementwise, in float64.
+        reach: How far from 0 the line must be covered.
+
+    Returns:
+        Increasing cuts from at most −`reach` to at least `reach`, 0 among them.
+
+    Raises:
+        ValueError: If φ is not elementwise, not finite, jumps, or is not piecewise
+            smooth.
+    """
+    octave = 2.0 ** math.ceil(math.log2(max(reach, 16.0)))
+    if isinstance(activation, nn.Module):  # its parameters may change
+        return _search(activation, octave)
+    try:
+        return _remembered(activation, octave)
+    except TypeError:  # not hashable
+        return _search(activation, octave)
+
+
+def _search(activation: Callable[[Tensor], Tensor], reach: float) -> Tensor:
+    check_elementwise(activation)
+    near = torch.linspace(-8.0, 8.0, 17, dtype=torch.float64)
+    far = 16.0 * 2.0 ** torch.arange(math.log2(reach) - 3, dtype=torch.float64)
+    start = torch.cat([-far.flip(0), near, far])
+    sizes = _Sizes(activation, reach)
+    cuts, kinks = _bisected(activation, start, sizes)
+    if len(kinks):
+        # Once a kink is a cut, the narrow pieces that led to it are not needed.
+        start = torch.cat([start, kinks]).sort().values
+        cuts, _ = _bisected(activation, start, sizes)
+    _check_jumps(activation, kinks, sizes)
+    return cuts
+
+
+_remembered = lru_cache(maxsize=64)(_search)
+
+
+class _Sizes:
+    """The largest |φ| and |φ'| up to a distance from 0: errors are relative to it."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], reach: float) -> None:
+        steps = torch.linspace(-9.0, math.log10(reach), 800, dtype=torch.float64)
+        self.distances = 10.0**steps
+        both = torch.stack([-self.distances, self.distances])
+        value, slope = value_and_slope(activation, both)
+        broken = ~(value.isfinite() & slope.isfinite())
+        if broken.any():
+            place = both[broken][both[broken].abs().argmin()].item()
+            raise ValueError(
+                f"the activation or its derivative is not finite at {place:.3g}; "
+                f"expected finite values between ±{reach:g}, as far as arguments of "
+                "this variance reach."
+            )
+        self.largest = torch.stack([value, slope]).abs().amax(1).cummax(-1).values
+
+    def upto(self, distance: Tensor) -> Tensor:
+        index = torch.searchsorted(self.distances, distance)
+        return self.largest[:, index.clamp(max=len(self.distances) - 1)]
+
+
+def _bisected(
+    activation: Callable[[Tensor], Tensor], start: Tensor, sizes: _Sizes
+) -> tuple[Tensor, Tensor]:
+    """All cuts, and the middles of the narrow pieces that no polynomial fits."""
+    left, right = start[:-1], start[1:]
+    cuts, kinks = [start], [start[:0]]
+    count = len(start)
+    nodes, _ = legendre_rule(NODES)
+    others, _ = legendre_rule(NODES + 1)
+    interpolation = _interpolation(nodes, others)
+    while len(left):
+        middle, half = (left + right) / 2, (right - left) / 2
+        at = torch.stack(value_and_slope(activation, middle + half * nodes[:, None]))
+        there = torch.stack(
+            value_and_slope(activation, middle + half * others[:, None])
+        )
+        error = (interpolation @ at - there).abs().amax(1)
+        # Rounding of the argument moves φ' by its own slope; a piece of this width
+        # cannot be told from a smooth one any better.
+        scale = torch.maximum(
+            sizes.upto(torch.maximum(left.abs(), right.abs())), there.abs().amax(1)
+        )
+        rough = ~(error <= _TOLERANCE * scale).all(0)
+        narrow = half < _NARROW * middle.abs().clamp(min=1)
+        kinks.append(middle[rough & narrow])
+        split = rough & ~narrow
+        cuts.append(middle[split])
+        count += int(split.sum())
+        if count > _MOST_PIECES:
+            raise ValueError(
+                "the activation is not piecewise smooth: no polynomial fits it to "
+                f"{_TOLERANCE:g} near {middle[split][0].item():.6g} even on pieces of "
+                f"width {2 * half[split][0].item():.1g}. Is it computed in float64?"
+            )
+        left, right = (
+            torch.cat([left[split], middle[split]]),
+            torch.cat([middle[split], right[split]]),
+        )
+    return torch.unique(torch.cat(cuts)), torch.cat(kinks).sort().values
+
+
+def _interpolation(nodes: Tensor, others: Tensor) -> Tensor:
+    """Matrix from values at the nodes to values of their polynomial at other points."""
+    gaps = nodes[:, None] - nodes
+    weights = 1 / (gaps + torch.eye(len(nodes), dtype=gaps.dtype)).prod(1)
+    terms = weights / (others[:, None] - nodes)
+    return terms / terms.sum(1, keepdim=True)
+
+
+def _check_jumps(
+    activation: Callable[[Tensor], Tensor], kinks: Tensor, sizes: _Sizes
+) -> None:
+    places = torch.cat([kinks, kinks.new_zeros(1)])
+    step = 1e-9 * places.abs().clamp(min=1)
+    ends = torch.stack([places - step, places + step])
+    value, _ = value_and_slope(activation, ends)
+    gap = (value[1] - value[0]).abs()
+    # A finite slope explains 2·step times it; a root, at most the root of the step.
+    allowed = 1e-4 * sizes.upto(places.abs() + 1)[0]
+    if (gap > allowed).any():
+        raise ValueError(
+            f"the activation jumps by {gap.max().item():.3g} at "
+            f"{places[gap.argmax()].item():.6g}: its derivative has no mean square, "
+            "and neither the kernel nor gradients have a limit of infinite width."
+        )
