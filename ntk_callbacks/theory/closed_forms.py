@@ -101,7 +101,7 @@ class Erf:
 
     def pair(self, q1: Tensor, q2: Tensor, q12: Tensor, derivative: int) -> Tensor:
         """(2/π) arcsin(2 q12/√((1 + 2 q1)(1 + 2 q2))), and its derivative in q12."""
-        rest = (1 + 2 * q1 + 2 * q2 + 4 * remainder(q1, q2, q12) ** 2).sqrt()
+        rest = (1 + 2 * (q1 + q2) + 4 * remainder(q1, q2, q12) ** 2).sqrt()
         if derivative:
             return (4 / math.pi) / rest
         return (2 / math.pi) * torch.atan2(2 * q12, rest)
