@@ -26,6 +26,7 @@ from ntk_callbacks.theory.quadrature import (
 
 _TERMS = 192
 _TOLERANCE = 1e-10
+_CHECKED = 1e-9
 _SMALLEST = 1e-100
 _BLOCK = 2**22
 
@@ -66,7 +67,9 @@ def pair_expectation(
         plane = _Plane(phi, derivative, cuts_for(phi, distinct))
         # E φ(u) φ(v) is symmetric: so are the numbers, bit for bit, and half as many.
         low, high = torch.minimum(first, second), torch.maximum(first, second)
-        asked = torch.stack([distinct[low], distinct[high], cosine, sine], 1)[hard]
+        size = series.size(low, high)
+        asked = torch.stack([distinct[low], distinct[high], cosine, sine, size], 1)
+        asked = asked[hard]
         pairs, back = torch.unique(asked, dim=0, return_inverse=True)
         value[hard] = plane.expectation(*pairs.unbind(1))[back]
     return value.view(shape)
@@ -140,16 +143,27 @@ class _Plane:
     cuts: Tensor
 
     def expectation(
-        self, first: Tensor, second: Tensor, cosine: Tensor, sine: Tensor
+        self, first: Tensor, second: Tensor, cosine: Tensor, sine: Tensor, size: Tensor
     ) -> Tensor:
-        """For deviations σ₁, σ₂ and the cosine and sine of the angle, all (pairs,)."""
+        """For deviations σ₁, σ₂, the cosine and sine of the angle, and √(E φ² E φ²)."""
         value = torch.empty_like(cosine)
         aligned = sine == 0
         both = torch.stack([first, cosine * second], 1)
         value[aligned] = line_expectation(self._aligned, both[aligned], self.cuts)
+        pairs = torch.stack([first, second, cosine, sine], 1)
         for i in (~aligned).nonzero()[:, 0].tolist():
-            value[i] = self._crossed(first[i], second[i], cosine[i], sine[i])
+            value[i] = self._checked(pairs[i], _CHECKED * size[i])
         return value
+
+    def _checked(self, pair: Tensor, tolerance: Tensor) -> Tensor:
+        for halvings in range(4):
+            fine = self._crossed(pair, NODES, halvings)
+            if (fine - self._crossed(pair, 12, halvings)).abs() <= tolerance:
+                return fine
+        raise ValueError(
+            f"the expectation of a pair with correlation {pair[2].item():.6g} is not "
+            f"found to {_CHECKED:g}: the activation is not piecewise smooth enough."
+        )
 
     def _aligned(self, z: Tensor, deviations: Tensor) -> Tensor:
         u, v = z * deviations[:, :1], z * deviations[:, 1:]
@@ -158,31 +172,32 @@ class _Plane:
     def _at(self, x: Tensor) -> Tensor:
         return _evaluated(self.phi, x, self.derivative)
 
-    def _crossed(
-        self, first: Tensor, second: Tensor, cosine: Tensor, sine: Tensor
-    ) -> Tensor:
+    def _crossed(self, pair: Tensor, count: int, halvings: int) -> Tensor:
         """One pair: v = σ₂ (ρ z + √(1 − ρ²) y) with z for u and y of its own."""
+        first, second, cosine, sine = pair
         breaks = gaussian_breaks(first.view(1, 1), self.cuts)[0]
         # E[φ(v) | u] turns within a layer about each cut of v, √(1 − ρ²)/|ρ| wide.
         steps = torch.tensor([-8.0, -6, -4, -2, 0, 2, 4, 6, 8], dtype=torch.float64)
         centers = self.cuts / (second * cosine)
         layers = centers[:, None] + steps * (sine / cosine.abs())
         breaks = torch.cat([breaks, layers.flatten().clamp(-REACH, REACH)])
-        z, weights = gaussian_nodes(torch.unique(breaks))
+        breaks = torch.unique(breaks)
+        for _ in range(halvings):
+            middles = (breaks[1:] + breaks[:-1]) / 2
+            breaks = torch.cat([breaks, middles]).sort().values
+        z, weights = gaussian_nodes(breaks, count)
         outer = weights * self._at(first * z)
         shift = z * cosine / sine
         places = self.cuts / (second * sine)
         grid = torch.arange(-REACH, REACH + 1, 2, dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64)
-        size = (len(grid) + len(places)) * NODES
+        rows = max(1, _BLOCK // ((len(grid) + len(places)) * count))
         for part, shifts in zip(
-            torch.split(outer, max(1, _BLOCK // size)),
-            torch.split(shift, max(1, _BLOCK // size)),
-            strict=True,
+            torch.split(outer, rows), torch.split(shift, rows), strict=True
         ):
             inner = (places - shifts[:, None]).clamp(-REACH, REACH)
             inner = torch.cat([grid.expand(len(shifts), -1), inner], 1).sort(1).values
-            y, density = gaussian_nodes(inner)
+            y, density = gaussian_nodes(inner, count)
             v = second * sine * (shifts[:, None] + y)
             total = total + (part * (density * self._at(v)).sum(1)).sum()
         return total

@@ -82,7 +82,7 @@ def _search(activation: Callable[[Tensor], Tensor], reach: float) -> Tensor:
         start = torch.cat([start, kinks]).sort().values
         cuts, _ = _bisected(activation, start, sizes)
     _check_jumps(activation, kinks, sizes)
-    return cuts
+    return _merged(activation, cuts, sizes)
 
 
 _remembered = lru_cache(maxsize=64)(_search)
@@ -118,22 +118,11 @@ def _bisected(
     left, right = start[:-1], start[1:]
     cuts, kinks = [start], [start[:0]]
     count = len(start)
-    nodes, _ = legendre_rule(NODES)
     others, _ = legendre_rule(NODES + 1)
-    interpolation = _interpolation(nodes, others)
     while len(left):
         middle, half = (left + right) / 2, (right - left) / 2
-        at = torch.stack(value_and_slope(activation, middle + half * nodes[:, None]))
-        there = torch.stack(
-            value_and_slope(activation, middle + half * others[:, None])
-        )
-        error = (interpolation @ at - there).abs().amax(1)
-        # Rounding of the argument moves φ' by its own slope; a piece of this width
-        # cannot be told from a smooth one any better.
-        scale = torch.maximum(
-            sizes.upto(torch.maximum(left.abs(), right.abs())), there.abs().amax(1)
-        )
-        rough = ~(error <= _TOLERANCE * scale).all(0)
+        points = _spread(others, left, right)
+        rough = ~_fits(activation, left, right, points, sizes)
         narrow = half < _NARROW * middle.abs().clamp(min=1)
         kinks.append(middle[rough & narrow])
         split = rough & ~narrow
@@ -152,12 +141,55 @@ def _bisected(
     return torch.unique(torch.cat(cuts)), torch.cat(kinks).sort().values
 
 
-def _interpolation(nodes: Tensor, others: Tensor) -> Tensor:
-    """Matrix from values at the nodes to values of their polynomial at other points."""
+def _merged(
+    activation: Callable[[Tensor], Tensor], cuts: Tensor, sizes: _Sizes
+) -> Tensor:
+    """The cuts without those that separate pieces of one polynomial."""
+    others, _ = legendre_rule(NODES + 1)
+    needed = len(cuts) + 1
+    while len(cuts) < needed:
+        needed = len(cuts)
+        for first in (1, 2):
+            index = torch.arange(first, len(cuts) - 1, 2)
+            index = index[cuts[index] != 0]
+            left, middle, right = cuts[index - 1], cuts[index], cuts[index + 1]
+            # One of two pieces may be too short to be seen among points of the whole.
+            points = torch.cat(
+                [_spread(others, left, middle), _spread(others, middle, right)]
+            )
+            fits = _fits(activation, left, right, points, sizes)
+            keep = torch.ones(len(cuts), dtype=torch.bool)
+            keep[index[fits]] = False
+            cuts = cuts[keep]
+    return cuts
+
+
+def _fits(
+    activation: Callable[[Tensor], Tensor],
+    left: Tensor,
+    right: Tensor,
+    points: Tensor,
+    sizes: _Sizes,
+) -> Tensor:
+    """Whether the polynomial through 16 nodes of a piece agrees at points of it."""
+    nodes, _ = legendre_rule(NODES)
+    places = _spread(nodes, left, right)
+    at = torch.stack(value_and_slope(activation, places))
+    there = torch.stack(value_and_slope(activation, points))
     gaps = nodes[:, None] - nodes
-    weights = 1 / (gaps + torch.eye(len(nodes), dtype=gaps.dtype)).prod(1)
-    terms = weights / (others[:, None] - nodes)
-    return terms / terms.sum(1, keepdim=True)
+    weights = 1 / (gaps + torch.eye(NODES, dtype=gaps.dtype)).prod(1)
+    # The barycentric formula, (points, nodes, pieces); a point on a node is that node.
+    terms = points[:, None] - places
+    terms = weights[:, None] / terms.where(terms != 0, 1e-300)
+    guess = torch.einsum("pnk,dnk->dpk", terms / terms.sum(1, keepdim=True), at)
+    scale = sizes.upto(torch.maximum(left.abs(), right.abs()))
+    scale = torch.maximum(scale, there.abs().amax(1))
+    return ((guess - there).abs().amax(1) <= _TOLERANCE * scale).all(0)
+
+
+def _spread(unit: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Points of [−1, 1] moved into each of the pieces, (points, pieces)."""
+    return (left + right) / 2 + (right - left) / 2 * unit[:, None]
 
 
 def _check_jumps(
