@@ -95,7 +95,7 @@ def value_and_slope(
     Raises:
         ValueError: If φ changes the shape or the precision of its argument.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         inputs = x.detach().clone().requires_grad_()
         # A copy: the activation may work in place.
         values = activation(inputs.clone())

@@ -137,7 +137,7 @@ def pair_moment(
         Cho and Saul (2009), Williams (1997) for ReLU and erf.
     """
     first, second = _variances(q1=q1, q2=q2)
-    shared = torch.as_tensor(q12, dtype=torch.float64)
+    shared = torch.as_tensor(q12, dtype=torch.float64).detach()
     if derivative not in (0, 1):
         raise ValueError(f"pair_moment: derivative is {derivative}, expected 0 or 1.")
     bound = (first * second).sqrt() + torch.zeros_like(shared)
@@ -172,7 +172,7 @@ def _line(
 def _variances(**variances: Tensor | float) -> list[Tensor]:
     found = []
     for name, given in variances.items():
-        q = torch.as_tensor(given, dtype=torch.float64)
+        q = torch.as_tensor(given, dtype=torch.float64).detach()
         if not ((q >= 0) & q.isfinite()).all():
             worst = q[~((q >= 0) & q.isfinite())].flatten()[0].item()
             raise ValueError(f"{name} holds {worst}, expected variances of at least 0.")
