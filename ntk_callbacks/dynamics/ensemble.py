@@ -28,8 +28,8 @@ class Gaussian:
 
 
 def ensemble(
-    nngp: Float[Tensor, "N N"],
-    ntk: Float[Tensor, "N N"],
+    nngp: Float[Tensor, "..."],
+    ntk: Float[Tensor, "..."],
     y: Num[Tensor, "n *c"],
     t: Times,
 ) -> Gaussian:
@@ -45,7 +45,7 @@ def ensemble(
     Bayesian posterior (that is `nngp_posterior`) unless Θ is proportional to K.
 
     Args:
-        nngp: K on the n training points followed by any others, one output.
+        nngp: K on the n training points followed by any others, one output, `(N, N)`.
         ntk: Θ on the same points.
         y: Targets of the first n points, `(n,)` or `(n, c)`.
         t: Time ≥ 0 in the units of `gradient_flow`, or several; `math.inf` is allowed.
@@ -94,7 +94,7 @@ def ensemble(
 
 
 def nngp_posterior(
-    nngp: Float[Tensor, "N N"], y: Num[Tensor, "n *c"], *, noise: float = 0.0
+    nngp: Float[Tensor, "..."], y: Num[Tensor, "n *c"], *, noise: float = 0.0
 ) -> Gaussian:
     """Bayesian posterior of an infinitely wide network, f given y = f(X) + noise.
 
@@ -102,7 +102,7 @@ def nngp_posterior(
     also the ensemble that trains its last layer only, at t = ∞.
 
     Args:
-        nngp: K on the n training points followed by any others, one output.
+        nngp: K on the n training points followed by any others, one output, `(N, N)`.
         y: Targets of the first n points, `(n,)` or `(n, c)`.
         noise: Variance σ² ≥ 0 of the noise on the targets.
 

@@ -86,7 +86,7 @@ class LossChange:
 def loss_change(
     f: Float[Tensor, "n c"],
     y: Num[Tensor, "..."],
-    change: Float[Tensor, "n c"],
+    change: Float[Tensor, "_n _c"],
     *,
     loss: LossName = "mse",
     by: Split = None,

@@ -144,7 +144,13 @@ def side_step(
         for name, parameter in copies.items():
             if name in found:
                 parameter.grad = found[name].detach().to(parameter, copy=True)
-        _step(twin, {parameter.device for parameter in copies.values()})
+        try:
+            _step(twin, {parameter.device for parameter in copies.values()})
+        except Exception as error:
+            raise ValueError(
+                f"predicted_step: a copy of {type(optimizer).__name__} with these "
+                f"gradients cannot step: {error}"
+            ) from error
         steps = {name: p.data - named[name].data for name, p in copies.items()}
     return {name: twin.state.get(p, {}) for name, p in copies.items()}, steps
 
