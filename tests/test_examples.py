@@ -93,6 +93,21 @@ def test_kernel_example_prints_what_it_finds_without_importing_lightning(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_training_example_is_foretold_by_its_kernel(tmp_path):
+    output = run(EXAMPLES / "predicted_training.py", tmp_path)
+    rows = re.findall(r"^ +(\d+) +(\S+) +(\S+) +(\S+) +(\S+)$", output, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "10", "100"]
+    for row in rows:
+        predicted, trained, new_predicted, new_trained = map(float, row[1:])
+        # A network of width 256: the kernel moves by a few percent.
+        assert predicted == pytest.approx(trained, rel=0.1)
+        assert new_predicted == pytest.approx(new_trained, rel=0.05)
+    assert float(rows[2][2]) < 0.2 * float(rows[0][2])
+    off = re.findall(r"predicted by .*: (\S+)% off$", output, re.MULTILINE)
+    plain, aware = map(float, off)
+    assert aware < 1 < 50 < plain
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -143,4 +158,5 @@ def test_every_example_is_run():
     assert names == {
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size"),
+        *("predicted_training",),
     }
