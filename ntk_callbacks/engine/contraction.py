@@ -21,6 +21,9 @@ from torch import Tensor
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.engine.factors import Outer
 
+_CACHED = 2**20
+"""Numbers that stay in a processor's cache from one product to the next."""
+
 Contracted: TypeAlias = Literal["full", "trace", "diagonal"]
 
 
@@ -31,19 +34,25 @@ class Strand:
     Args:
         use: How gradients become rows of J.
         g: For each output, the gradient `(n, q, t, c)`.
+        positions: Those of t that g is given for; None for all of them.
     """
 
     use: Outer
     g: list[Tensor]
+    positions: Tensor | None = None
 
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return len(self.use.data)
+    def a(self, examples: slice, columns: slice = slice(None)) -> Tensor:
+        """`(m, q, t, …)` of some examples and columns."""
+        a = self.use.a(examples, columns)
+        return a if self.positions is None else a[:, :, self.positions]
 
-    def a(self, rows: slice) -> Tensor:
-        """`(m, q, t, d)` of some examples."""
-        return self.use.left(self.use.data[rows])
+    def shortened(self) -> "Strand":
+        """The same without the positions that no output depends on."""
+        live = torch.stack([(g != 0).any(3).any(0).any(0) for g in self.g]).any(0)
+        (positions,) = live.nonzero(as_tuple=True)
+        if not len(positions):  # an empty sum over positions is no kernel
+            positions = positions.new_zeros(1)
+        return Strand(self.use, [g[:, :, positions] for g in self.g], positions)
 
 
 class Products:
@@ -123,55 +132,39 @@ def materialized(
     Returns:
         The kernel, summed over the outputs for `"trace"`.
     """
-    q, _, c, d = left[0].use.shape
+    d, unit = left[0].use.shape[3], left[0].use.unit
     o = len(left[0].g)
-    n = sum(side[0].n for side in (left, right) if side)
-    width = max(1, min(d, workspace // max(1, o * n * q * c)))
+    sides = [left] if right is None else [left, right]
+    height = sum(o * side[0].g[0][..., 0, :].numel() for side in sides)  # of J
+    width = max(1, min(d, workspace // max(1, height)))
+    width -= width % unit if width > unit else 0
     products = Products(outputs, right is None)
-    kept = {id(side): _all_a(side, workspace) for side in (left, right) if side}
-    for start in range(0, d, width):
-        columns = slice(start, min(start + width, d))
-        j = [
-            _columns_of_j(side, kept[id(side)], columns, workspace, root)
-            for side in (left, right)
-            if side
-        ]
+    for columns in _slices(d, width):
+        j = [_columns_of_j(side, columns, workspace, root) for side in sides]
         products.add(j[0], j[1] if right else None)
     return products.kernel(o)
 
 
-def _all_a(side: list[Strand], workspace: int) -> list[Tensor] | None:
-    """The factors a of all examples, if there is room for them."""
-    if sum(s.n * s.use.scratch for s in side) > workspace:
-        return None
-    return [s.a(slice(None)) for s in side]
-
-
 def _columns_of_j(
-    side: list[Strand],
-    kept: list[Tensor] | None,
-    columns: slice,
-    workspace: int,
-    root: Tensor | None,
+    side: list[Strand], columns: slice, workspace: int, root: Tensor | None
 ) -> Tensor:
-    """`(o, n, q·c·columns)`, summed over the uses."""
-    q, _, c, _ = side[0].use.shape
-    o, n, width = len(side[0].g), side[0].n, columns.stop - columns.start
-    j = side[0].g[0].new_empty(o, n, q, c, width)
+    """`(o, n, q·columns·c)`, summed over the uses."""
+    n, q, _, c = side[0].g[0].shape
+    o, width = len(side[0].g), columns.stop - columns.start
+    j = side[0].g[0].new_empty(o, n, q, width, c)
     for index, strand in enumerate(side):
-        chunk = n if kept else max(1, workspace // max(1, strand.use.scratch))
+        chunk = max(1, workspace // max(1, strand.use.scratch * width))
         for rows in _slices(n, chunk):
-            a = strand.a(rows) if kept is None else kept[index]
-            a = a[..., columns].flatten(0, 1)
+            a = strand.a(rows, columns).flatten(0, 1).mT
             for k in range(o):
-                g = strand.g[k][rows].flatten(0, 1).mT
-                block = j[k, rows].view(-1, c, width)
+                g = strand.g[k][rows].flatten(0, 1)
+                block = j[k, rows].view(-1, width, c)
                 if index == 0:
-                    torch.bmm(g, a, out=block)
+                    torch.bmm(a, g, out=block)
                 else:
-                    block.baddbmm_(g, a)
+                    block.baddbmm_(a, g)
     if root is not None:
-        j *= root[..., columns]
+        j *= root[..., columns].mT
     return j.flatten(2)
 
 
@@ -260,7 +253,7 @@ def factored(
     g2 = g2.reshape(n2, t2, -1)
     o = g1.shape[1]
     kernel = a1.new_zeros(n1, n2, o, o)
-    size = max(1, workspace // (t1 * (t2 + g2.shape[2])))
+    size = max(1, min(workspace, _CACHED) // (t1 * (t2 + g2.shape[2])))
     for m in range(n2):
         last = m + 1 if right is None else n1
         for rows in _slices(last, size):

@@ -36,13 +36,17 @@ def convolution(
         before = _each(0 if isinstance(padding, str) else padding, kernel)
     out = list(call.tap.shape[2:])
     data = call.first(input)
-    k, d = data.shape[1], per_group * math.prod(kernel)
-    t = k * math.prod(out)
+    k, size = data.shape[1], math.prod(kernel)
+    d, t = per_group * size, k * math.prod(out)
 
-    def left(part: Tensor) -> Tensor:
-        flat = part.flatten(0, 1)
-        found = patches(flat, kernel, out, strides, before, dilations)
-        return _positions(found.view(len(part), k, groups, d, -1))
+    def left(part: Tensor, columns: slice) -> Tensor:
+        first, last = columns.start // size, -(-columns.stop // size)
+        flat = part.flatten(0, 1).unflatten(1, (groups, per_group))
+        read = flat[:, :, first:last].flatten(1, 2)
+        found = patches(read, kernel, out, strides, before, dilations)
+        found = found.view(len(part), k, groups, (last - first) * size, -1)
+        start = columns.start - first * size
+        return _positions(found.narrow(3, start, columns.stop - columns.start))
 
     def right(gradient: Tensor) -> Tensor:
         return _positions(
@@ -56,7 +60,8 @@ def convolution(
         matrix=lambda w: w.reshape(groups, c // groups, d),
         weight=lambda rows: rows.reshape(*rows.shape[:-3], *weight.shape),
         shape=(groups, t, c // groups, d),
-        scratch=0 if math.prod(kernel) == 1 else t * groups * d,
+        unit=size,
+        scratch=t * groups,
     )
     return uses | {id(weight): use}
 
@@ -85,8 +90,9 @@ def transposed_convolution(
     c = per_group * math.prod(kernel)
     t = k * math.prod(out)
 
-    def left(part: Tensor) -> Tensor:
-        return _positions(part.reshape(len(part), k, groups, d, -1))
+    def left(part: Tensor, columns: slice) -> Tensor:
+        whole = part.reshape(len(part), k, groups, d, -1)
+        return _positions(whole[:, :, :, columns])
 
     def right(gradient: Tensor) -> Tensor:
         flat = call.first(gradient).flatten(0, 1)

@@ -11,6 +11,7 @@ from ntk_callbacks._types import Kernel
 from ntk_callbacks.engine.contraction import (
     Contracted,
     Products,
+    Strand,
     factored,
     materialized,
     paired,
@@ -62,8 +63,8 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
                 if part not in parts:
                     parts[part] = _zeros(problem, plan.sizes.o)
                 _add(term, sides, plan, block, parts[part][rows, columns])
-            for side in sides:
-                side.forget()
+                for side in sides:
+                    side.forget(term)
     for part in problem.groups.values():  # of parameters that nothing uses
         if part not in parts:
             parts[part] = _zeros(problem, plan.sizes.o)
@@ -142,9 +143,10 @@ def contracted_term(
         offset = 0.0 if term.bias is None else 1.0 if bias is None else _number(bias)
         strands = [side.strands(term) for side in sides]
         right = strands[1] if len(sides) > 1 else None
-        if term.route == "paired":
+        if term.route == "paired" and not (outputs == "full" and _several(strands)):
             return paired(strands[0], right, outputs, workspace, scalar, offset, into)
-        return factored(strands[0], right, workspace, scalar, offset)
+        kernel = factored(strands[0], right, workspace, scalar, offset)
+        return kernel if into is None else into.add_(kernel)
     root = None if scalar is not None or own is None else _root(term, sides[0], own)
     if term.route == "materialized":
         strands = [side.strands(term) for side in sides]
@@ -163,6 +165,11 @@ def contracted_term(
         products.add(j[0], j[1] if len(sides) > 1 else None)
         kernel = products.kernel(sides[0].o)
     return kernel if scalar in (None, 1.0) else kernel * scalar
+
+
+def _several(sides: list[list[Strand]]) -> bool:
+    """Whether there is more than one position, though the plan saw only one live."""
+    return any(sum(strand.g[0].shape[2] for strand in side) > 1 for side in sides)
 
 
 def _number(scale: Tensor) -> float:

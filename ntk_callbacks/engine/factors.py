@@ -50,25 +50,33 @@ class Outer:
 
     Args:
         data: What it multiplies, `(n, …)`, the examples first.
-        left: `data` of some examples -> a `(m, q, t, d)`, q groups of positions t.
+        left: `data` of some examples and which of the d columns -> a `(m, q, t, …)`,
+            q groups of positions t.
         right: The gradient by the output -> g `(n, q, t, c)`.
         matrix: The weight, or anything of its shape -> `(q, c, d)`.
         weight: `(…, q, c, d)` -> `(…, *shape of the weight)`, the inverse.
         shape: `(q, t, c, d)`.
-        scratch: Numbers that `left` allocates for one example.
+        unit: Columns that are read together: blocks of them are cheap.
+        scratch: Numbers that `left` allocates for a column of one example.
     """
 
     data: Tensor
-    left: Callable[[Tensor], Tensor]
+    left: Callable[[Tensor, slice], Tensor]
     right: Callable[[Tensor], Tensor]
     matrix: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int, int]
+    unit: int = 1
     scratch: int = 0
+
+    def a(self, examples: slice, columns: slice = slice(None)) -> Tensor:
+        """`(m, q, t, …)` of some examples and columns."""
+        start, stop, _ = columns.indices(self.shape[3])
+        return self.left(self.data[examples], slice(start, stop))
 
     def rows(self, gradient: Tensor) -> Tensor:
         """∂f_k/∂W of each example, `(n, *shape of the weight)`."""
-        return self.weight(self.right(gradient).mT @ self.left(self.data))
+        return self.weight(self.right(gradient).mT @ self.a(slice(None)))
 
 
 @dataclass(frozen=True)

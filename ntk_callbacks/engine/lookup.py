@@ -9,8 +9,8 @@ from ntk_callbacks.engine.factors import Lookup
 
 
 def looked_up(
-    left: list[tuple[Lookup, list[Tensor]]],
-    right: list[tuple[Lookup, list[Tensor]]] | None,
+    left: list[tuple[Lookup, Tensor]],
+    right: list[tuple[Lookup, Tensor]] | None,
     outputs: Contracted,
     workspace: int,
 ) -> Kernel:
@@ -20,7 +20,7 @@ def looked_up(
     add to its own block of the kernel only.
 
     Args:
-        left: Uses of the table with their gradients `(n, t, c)`, one for each output.
+        left: Uses of the table with their gradients `(o, n, t, c)`.
         right: Those on the side of the columns; None for the same side.
         outputs: What is kept of the output axes.
         workspace: Numbers that may be allocated at a time.
@@ -30,7 +30,7 @@ def looked_up(
     """
     ids1, g1 = _read(left)
     ids2, g2 = _read(right) if right else (ids1, g1)
-    o, (n1, _), n2, c = len(g1), ids1.shape, len(ids2), g1[0].shape[-1]
+    o, (n1, _), n2, c = len(g1), ids1.shape, len(ids2), g1.shape[-1]
     if right is None:
         owned = torch.cat([torch.unique(row[row >= 0]) for row in ids1])
         found, count = torch.unique(owned, return_counts=True)
@@ -39,9 +39,7 @@ def looked_up(
         shared = torch.unique(ids1[torch.isin(ids1, ids2)])
         shared = shared[shared >= 0]
     products = Products(outputs, right is None)
-    products.add(
-        g1[0].new_zeros(o, n1, 1), g1[0].new_zeros(o, n2, 1) if right else None
-    )
+    products.add(g1.new_zeros(o, n1, 1), g1.new_zeros(o, n2, 1) if right else None)
     width = max(1, workspace // (o * (n1 + n2) * c))
     for block in shared.split(width) if len(shared) else ():
         j1 = _rows_of_ids(ids1, g1, block)
@@ -65,14 +63,13 @@ def looked_up(
     return kernel
 
 
-def _read(side: list[tuple[Lookup, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
-    """All positions that read the table: `(n, t)` ids and o times `(n, t, c)`."""
+def _read(side: list[tuple[Lookup, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All positions that read the table: `(n, t)` ids and `(o, n, t, c)`."""
     ids = torch.cat([use.ids for use, _ in side], 1)
-    g = [torch.cat(parts, 1) for parts in zip(*(g for _, g in side), strict=True)]
-    return ids, g
+    return ids, torch.cat([g for _, g in side], 2)
 
 
-def _rows_of_ids(ids: Tensor, g: list[Tensor], block: Tensor) -> Tensor:
+def _rows_of_ids(ids: Tensor, g: Tensor, block: Tensor) -> Tensor:
     """`(o, n, ids in the block · c)` of J; the block is sorted."""
     place = torch.searchsorted(block, ids.contiguous()).clamp(max=len(block) - 1)
     place = torch.where(block[place] == ids, place, -1)

@@ -60,13 +60,15 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> dict[int, Use]:
     data = call.first(other)
     t = math.prod(data.shape[1:-2]) * data.shape[-1]
 
-    def left(part: Tensor) -> Tensor:
-        return part.movedim(-2, -1).reshape(len(part), 1, -1, d)
+    def left(part: Tensor, columns: slice) -> Tensor:
+        chosen = part[..., columns, :]
+        return chosen.movedim(-2, -1).reshape(len(part), 1, t, -1)
 
     def right(gradient: Tensor) -> Tensor:
         return call.first(gradient).movedim(-2, -1).reshape(call.n, 1, -1, c)
 
-    use = Outer(data, left, right, _same, _same_back, (1, t, c, d), t * d)
+    shape = (1, t, c, d)
+    use = Outer(data, left, right, _same, _same_back, shape, scratch=t)
     return {id(input): use}
 
 
@@ -111,7 +113,11 @@ def _matrix(
         return call.first(gradient).reshape(call.n, 1, -1, c)
 
     shape = (1, data.shape[2], c, d)
-    return Outer(data, lambda part: part, right, matrix, back, shape)
+    return Outer(data, _columns, right, matrix, back, shape)
+
+
+def _columns(part: Tensor, columns: slice) -> Tensor:
+    return part[..., columns]
 
 
 def _bias(call: Call, bias: Tensor) -> Direct:

@@ -7,7 +7,7 @@ from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.survey import Place
 from ntk_callbacks.engine.terms import Sizes, Term
 
-_LARGEST_WORKSPACE = 2**23
+_LARGEST_WORKSPACE = 2**22
 """Numbers: larger blocks are hardly faster, they only take memory."""
 
 
@@ -73,7 +73,7 @@ class Plan:
     @property
     def workspace(self) -> int:
         """Numbers that a contraction may allocate at a time."""
-        return max(1, min(self.budget // 10 // self.itemsize, _LARGEST_WORKSPACE))
+        return max(1, min(self.budget // 16 // self.itemsize, _LARGEST_WORKSPACE))
 
     @property
     def coverage(self) -> float:
@@ -148,7 +148,7 @@ class Plan:
         # The rest is for the workspace, for autograd itself, and for what an allocator
         # wastes; the guard holds a copy of the weights.
         weights = sum(self.sizes_of.values()) * self.itemsize
-        room = max(0, budget - weights) // 3 // self.itemsize
+        room = max(0, budget - weights) // 6 // self.itemsize
         n = max(self.sizes.n1, self.sizes.n2)
         each = {term: term.kept / self.sizes.examples for term in self.terms}
         wide = {

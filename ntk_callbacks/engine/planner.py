@@ -107,7 +107,16 @@ def terms_of(survey: Survey, problem: Problem, sizes: Sizes) -> list[Term]:
             size = math.prod(view.shape) if alone and view else extent(leaves[name])
             functions = [taps[member.tap].function for member in part]
             terms.append(
-                planned(name, part, functions, survey.uses, size, name in scaled, sizes)
+                planned(
+                    name,
+                    part,
+                    functions,
+                    survey.uses,
+                    survey.live,
+                    size,
+                    name in scaled,
+                    sizes,
+                )
             )
     terms = with_biases(
         terms,

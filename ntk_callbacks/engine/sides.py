@@ -1,13 +1,13 @@
 """One side of a kernel: a forward pass, and backward passes to its taps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.contraction import Strand
-from ntk_callbacks.engine.factors import Call, Lookup, Outer, Use
+from ntk_callbacks.engine.factors import Call, Direct, Lookup, Outer, Use
 from ntk_callbacks.engine.survey import (
     Place,
     gradients_at,
@@ -58,8 +58,7 @@ class Side:
         self.o = self.outputs.shape[1]
         self._places = places
         self._uses: dict[int, list[Use]] = {}
-        self._gradients: dict[int, Tensor] = {}
-        self._rows: dict[tuple[int, int], list[Tensor]] = {}
+        self._held: dict[tuple[int, int], list[Tensor]] = {}
 
     def use(self, member: Member) -> Use:
         """How the gradients of a tap become rows of J."""
@@ -80,23 +79,27 @@ class Side:
             terms: Those that are contracted next.
             together: Whether the passes are made as one.
         """
-        members = [member for term in terms for member in term.members]
-        direct = [m for term in terms if term.early for m in term.members]
-        kept = {m.tap for term in terms if not term.early for m in term.members}
-        taps = sorted({m.tap for m in members})
-        self._rows = {(m.tap, m.slot): [] for m in direct}
-        for k, gradients in enumerate(self._passes(taps, together)):
+        forms = {
+            (member.tap, member.slot): self._form(term, member)
+            for term in terms
+            for member in term.members
+        }
+        taps = sorted({tap for tap, _ in forms})
+        for gradients in self._passes(taps, together):
             by_tap = dict(zip(taps, gradients, strict=True))
-            for tap in kept:
-                if tap not in self._gradients:
-                    # All at once: holding what autograd allocates piece by piece
-                    # would leave holes in memory that nothing else fits into.
-                    whole = by_tap[tap].new_empty(self.o, *by_tap[tap].shape)
-                    self._gradients[tap] = whole
-                self._gradients[tap][k] = by_tap[tap]
-            for m in direct:
-                rows = self.use(m).rows(by_tap[m.tap]).detach()
-                self._rows[m.tap, m.slot].append(rows)
+            for place, form in forms.items():
+                found = form(by_tap[place[0]]).detach()
+                self._held.setdefault(place, []).append(found)
+
+    def _form(self, term: Term, member: Member) -> Callable[[Tensor], Tensor]:
+        """What is held of a gradient until the term is contracted."""
+        if term.route == "rows" and not term.early:
+            return lambda gradient: gradient
+        use = self.use(member)
+        if term.early or isinstance(use, Direct):
+            return use.rows
+        # Positions before channels: products with a are fastest so.
+        return lambda gradient: use.right(gradient).contiguous()
 
     def _passes(self, taps: list[int], together: bool) -> Iterator[list[Tensor]]:
         """For each output, the gradients by the outputs of the taps."""
@@ -116,29 +119,29 @@ class Side:
         for member in term.members:
             use = self.use(member)
             assert isinstance(use, Outer)
-            gradients = self._gradients[member.tap]
-            found.append(Strand(use, [use.right(g) for g in gradients]))
+            strand = Strand(use, self._held[member.tap, member.slot])
+            found.append(strand.shortened() if term.sparse else strand)
         return found
 
-    def lookups(self, term: Term) -> list[tuple[Lookup, list[Tensor]]]:
+    def lookups(self, term: Term) -> list[tuple[Lookup, Tensor]]:
         """The uses of a table with their gradients."""
         found = []
         for member in term.members:
             use = self.use(member)
             assert isinstance(use, Lookup)
-            gradients = self._gradients[member.tap]
-            found.append((use, [use.right(g) for g in gradients]))
+            found.append((use, torch.stack(self._held[member.tap, member.slot])))
         return found
 
     def rows(self, term: Term) -> Tensor:
         """J of a parameter, `(o, n, numbers)`; as its view if it is used once."""
         if len(term.members) == 1 and term.members[0].view is not None:
-            return self._rows_of(term.members[0]).reshape(self.o, self.n, -1)
+            rows = self._rows_of(term, term.members[0])
+            return rows.reshape(self.o, self.n, -1)
         leaf = self.recording.parameters[term.name]
         j = leaf.new_zeros(self.o, self.n, extent(leaf))
         whole = view_of(leaf, leaf)
         for member in term.members:
-            rows = self._rows_of(member)
+            rows = self._rows_of(term, member)
             if member.view is not None:
                 member.view.of(j).add_(rows)
                 continue
@@ -149,19 +152,18 @@ class Side:
             whole.of(j).add_(pulled.view(self.o, self.n, *leaf.shape))
         return j
 
-    def _rows_of(self, member: Member) -> Tensor:
+    def _rows_of(self, term: Term, member: Member) -> Tensor:
         """`(o, n, *shape of what the tap sees)`."""
-        early = self._rows.get((member.tap, member.slot))
-        if early is None:
-            use = self.use(member)
-            early = [use.rows(g) for g in self._gradients[member.tap]]
-        return torch.stack(early)
+        held = self._held[member.tap, member.slot]
+        if not term.early:
+            held = [self.use(member).rows(gradient) for gradient in held]
+        return torch.stack(held)
 
-    def forget(self) -> None:
-        """Free the gradients of the last backward passes, and what came of them."""
-        self._uses.clear()
-        self._gradients.clear()
-        self._rows.clear()
+    def forget(self, term: Term) -> None:
+        """Free the gradients of a term, and what came of them."""
+        for member in term.members:
+            self._uses.pop(member.tap, None)
+            self._held.pop((member.tap, member.slot), None)
 
 
 def _pulled_back(source: Tensor, leaf: Tensor, rows: Tensor) -> Tensor:

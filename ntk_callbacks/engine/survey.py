@@ -58,6 +58,7 @@ class Survey:
         uses: For each tap, what is known of its slots.
         members: Parameter -> its uses.
         exact: Parameter -> why it has to take an exact route.
+        live: Uses of a weight -> positions at which a gradient is not zero.
     """
 
     recording: Recording
@@ -66,6 +67,7 @@ class Survey:
     uses: list[list[Use]]
     members: dict[str, list[Member]] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
+    live: dict[Member, int] = field(default_factory=dict)
 
 
 def record(
@@ -141,7 +143,7 @@ def surveyed(
     """
     recording = record(function, params, x, names)
     n = batch_size(x)
-    axes = _axes(recording, n)
+    reached, axes = _axes(recording, n)
     survey = Survey(recording, [], [], [])
     for name in _in_graph(recording):
         survey.exact[name] = "it is used by a function without a rule"
@@ -167,20 +169,29 @@ def surveyed(
         survey.places.append(_place(tap, sources, axis, rule, n))
         survey.calls.append(call)
         survey.uses.append(uses)
-        for slot in range(len(uses)):
+        for slot, use in enumerate(uses):
             found, view = sources[slot]
+            member, gradient = Member(index, slot, view), reached[index]
+            if isinstance(use, Outer) and gradient is not None:
+                survey.live[member] = _live(use.right(gradient))
             for name in found:
-                survey.members.setdefault(name, []).append(Member(index, slot, view))
+                survey.members.setdefault(name, []).append(member)
     return survey
 
 
-def _axes(recording: Recording, n: int) -> list[BatchAxis | str | None]:
-    """For each tap its batch axis, None if nothing depends on it, or what is wrong."""
+def _axes(
+    recording: Recording, n: int
+) -> tuple[Sequence[Tensor | None], list[BatchAxis | str | None]]:
+    """For each tap a gradient, if it is known, and the batch axis.
+
+    There is no axis if nothing depends on the tap; a text says what is wrong.
+    """
     taps, outputs = recording.taps, recording.outputs
+    unknown = [None for _ in taps]
     if outputs.is_meta:
-        return [BatchAxis(0) for _ in taps]
+        return unknown, [BatchAxis(0) for _ in taps]
     if not (taps and outputs.requires_grad):
-        return [None for _ in taps]
+        return unknown, [None for _ in taps]
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(outputs.shape, generator=generator).to(outputs)
     found = [
@@ -193,12 +204,17 @@ def _axes(recording: Recording, n: int) -> list[BatchAxis | str | None]:
         retain_graph=True,
         allow_unused=True,
     )
-    return [
+    return reached, [
         None
         if gradient is None
         else located(list(parts)) or "its use has no axis that the examples run along"
         for gradient, parts in zip(reached, zip(*found, strict=True), strict=True)
     ]
+
+
+def _live(g: Tensor) -> int:
+    """Positions t of `(n, q, t, c)` at which an output depends on the weight."""
+    return max(1, int((g != 0).any(3).any(0).any(0).sum()))
 
 
 def _uses(call: Call) -> tuple[Rule | None, list[Use]]:

@@ -70,6 +70,7 @@ class Term:
         early: Whether its rows of J are formed as soon as a gradient is there, which
             is then not held.
         bias: The bias that is contracted with it.
+        sparse: Whether some positions of its gradients seem to be always zero.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Term:
     kept: int
     early: bool = False
     bias: str | None = None
+    sparse: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -111,6 +113,7 @@ def planned(
     members: list[Member],
     functions: list[Callable[..., Any]],
     uses: list[list[Use]],
+    live: dict[Member, int],
     size: int,
     scaled: bool,
     sizes: Sizes,
@@ -122,6 +125,7 @@ def planned(
         members: Its uses.
         functions: The torch function of each.
         uses: For each tap, what is known of its parameters.
+        live: Positions at which gradients are not zero, where that is known.
         size: Numbers of the parameter.
         scaled: Whether Λ has an entry for each number of the parameter.
         sizes: Examples and outputs of the kernel; the calls may have others.
@@ -140,7 +144,8 @@ def planned(
     same = len(views) == 1 and None not in views
     if same and all(isinstance(use, Outer) for use in found) and len(kinds) == 1:
         outers = [use for use in found if isinstance(use, Outer)]
-        return _outer(name, own, outers, scaled, sizes)
+        ts = [live.get(m, use.shape[1]) for m, use in zip(own, outers, strict=True)]
+        return _outer(name, own, outers, ts, scaled, sizes)
     if same and all(isinstance(use, Lookup) for use in found) and not scaled:
         tables = [use for use in found if isinstance(use, Lookup)]
         t, c = sum(use.ids.shape[1] for use in tables), tables[0].table[1]
@@ -160,11 +165,12 @@ def _outer(
     name: str,
     members: tuple[Member, ...],
     uses: list[Outer],
+    live: list[int],
     scaled: bool,
     sizes: Sizes,
 ) -> Term:
     q, _, c, d = uses[0].shape
-    t = sum(use.shape[1] for use in uses)
+    t, whole = sum(live), sum(use.shape[1] for use in uses)
     o, n = sizes.o, sizes.examples
     costs: dict[Route, float] = {
         "materialized": o * n * q * t * c * d + sizes.gram(q * c * d)
@@ -180,7 +186,8 @@ def _outer(
     if route == "materialized" and len(uses) == 1 and 4 * d < t:
         # The rows are smaller than the gradient that they are made of.
         return Term(name, members, "rows", costs[route], o * n * q * c * d, True)
-    return Term(name, members, route, costs[route], o * n * q * t * c)
+    kept = o * n * q * whole * c
+    return Term(name, members, route, costs[route], kept, sparse=t < whole)
 
 
 def _rows_cost(use: Use) -> tuple[int, int]:

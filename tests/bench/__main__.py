@@ -4,6 +4,7 @@
     make bench ARGS="--cases mlp64,cnn32 --rounds 3"
     make bench ARGS="--peers ours,rows,recipe --json outputs/bench.json"
     make bench ARGS=growth                         time and memory against N, c and p
+    make bench ARGS=epoch                          one measurement beside an epoch
 
 Seconds are medians of warm calls in the counted rounds. The float32 error is that of
 the block of the first two and last two examples against autograd in float64. Memory is
@@ -26,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.epoch import epoch
 from bench.fleet import Limits, Result, interpreters, race
 from bench.growth import growth
 from bench.report import Summary, case_table, overview, summarize, title, verdict
@@ -154,7 +156,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", choices=["growth"])
+    parser.add_argument("what", nargs="?", choices=["growth", "epoch"])
     parser.add_argument(
         "--cases", type=lambda text: chosen(CASES, text), default=[*CASES]
     )
@@ -174,7 +176,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers are ended
-    everything = growth(args.rounds) if args.what == "growth" else bench(args)
+    if args.what == "growth":
+        everything = growth(args.rounds)
+    else:
+        everything = epoch() if args.what == "epoch" else bench(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(everything, indent=1))

@@ -39,14 +39,15 @@ def strand(n, t, q=1):
     """A use of a weight by n examples with t positions each, in q groups."""
     use = Outer(
         data=random(n, q, t, D),
-        left=lambda part: part.clone(),
+        left=lambda part, columns: part[..., columns].clone(),
         right=lambda gradient: gradient,
         matrix=lambda weight: weight,
         weight=lambda rows: rows,
         shape=(q, t, C, D),
-        scratch=q * t * D,
+        unit=2,
+        scratch=q * t,
     )
-    return Strand(use, [random(n, q, t, C) for _ in range(O)])
+    return Strand(use, [*random(O, n, q, t, C)])
 
 
 def side(n, uses, q=1):
@@ -226,7 +227,7 @@ def reading(ids, v=9):
     """Positions that read a table, and gradients for each output."""
     n, t = ids.shape
     use = Lookup(ids, lambda gradient: gradient, (v, C))
-    return use, [random(n, t, C) for _ in range(O)]
+    return use, random(O, n, t, C)
 
 
 def rows_of_table(uses, v=9):
@@ -300,13 +301,13 @@ def test_a_table_is_also_a_weight_with_one_hot_inputs(second):
         hot = nn.functional.one_hot(use.ids, 9).double()
         weight = Outer(
             hot[:, None],
-            lambda part: part,
+            lambda part, columns: part[..., columns],
             lambda gradient: gradient,
             lambda weight: weight,
             lambda rows: rows,
             (1, hot.shape[1], C, 9),
         )
-        return [(use, g)], [Strand(weight, [gradient[:, None] for gradient in g])]
+        return [(use, g)], [Strand(weight, [*g[:, :, None]])]
 
     table, weight = both(IDS["shared"])
     other, other_weight = both([[1, 3, 8], [0, 0, 1]]) if second else (None, None)
@@ -380,7 +381,13 @@ def test_rows_of_a_weight(name):
     assert q * c * d == weight.numel()
     assert use.matrix(weight).shape == (q, c, d)
     assert torch.equal(use.weight(use.matrix(weight)), weight)
-    assert use.left(use.data).shape == (2, q, t, d)
+    a = use.a(slice(None))
+    assert a.shape == (2, q, t, d)
+    for start in range(d):
+        for stop in range(start + 1, d + 1):
+            assert torch.equal(
+                use.a(slice(1, 2), slice(start, stop)), a[1:, :, :, start:stop]
+            )
     gradient = random(*tap.shape)
     assert use.right(gradient).shape == (2, q, t, c)
     for i in range(2):  # example by example
