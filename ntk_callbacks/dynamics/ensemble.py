@@ -21,6 +21,11 @@ class Gaussian:
             times.
         covariance: `(N, N)`, of each output; outputs are independent. Symmetric, and
             positive semi-definite to round-off.
+
+    Example:
+        >>> prior = ensemble(torch.eye(2), torch.eye(2), torch.ones(1), 0.0)
+        >>> prior.mean, prior.covariance.diagonal()
+        (tensor([0., 0.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
     """
 
     mean: Float[Tensor, "..."]

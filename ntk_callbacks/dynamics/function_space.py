@@ -23,6 +23,12 @@ class Trajectory:
         train: Outputs on the training set, of the shape of `f0`; with a leading axis
             if several times or steps were asked for.
         test: The same for `f0_test`; None if no test kernel was given.
+
+    Example:
+        >>> from ntk_callbacks.dynamics import gradient_flow
+        >>> end = gradient_flow(torch.eye(2), torch.zeros(2), torch.ones(2), math.inf)
+        >>> end.train, end.test
+        (tensor([1., 1.], dtype=torch.float64), None)
     """
 
     train: Float[Tensor, "..."]

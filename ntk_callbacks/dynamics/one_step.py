@@ -72,6 +72,12 @@ class LossChange:
     Attributes:
         first: ∇_f L · Δf; with Δf = −ηΘ∇_f L this is −η ∇_f Lᵀ Θ ∇_f L.
         second: ½ Δfᵀ ∇²_f L Δf; with it the sum is exact for squared error.
+
+    Example:
+        >>> f, y = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> step = loss_change(f, y, torch.full((1, 1), 2.0))
+        >>> step.first.item(), step.second.item(), step.total.item()
+        (-2.0, 2.0, 0.0)
     """
 
     first: Float[Tensor, "..."]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ntk_callbacks.dynamics.function_space import FunctionSpace, refuse_negative
 from ntk_callbacks.dynamics.losses import loss_named
 from ntk_callbacks.dynamics.modes import spectrum
+from ntk_callbacks.layout import widened
 
 
 def kernel_regression(
@@ -58,7 +59,7 @@ def kernel_regression(
     if (f0 is None) != (f0_test is None):
         raise ValueError(f"{who}: f0 and f0_test belong together; got only one.")
     if f0 is None or f0_test is None:
-        f0 = torch.zeros_like(y, dtype=torch.float64)
+        f0 = torch.zeros_like(widened(y))
         f0_test = f0.new_zeros(_test_shape(ntk, y, ntk_test))
     space = FunctionSpace.of(who, ntk, f0, ntk_test, f0_test)
     targets = loss_named(who, "mse").targets(who, space.outputs(space.f0), y)
@@ -77,9 +78,9 @@ def _solved(space: FunctionSpace, residual: Tensor, ridge: float) -> Tensor:
     if not failed and (ridge or factor.diagonal().square().amin() > room):
         return torch.cholesky_solve(residual, factor)
     modes = spectrum("kernel_regression", space.ntk, space.precision)
-    values = modes.eigenvalues + ridge
-    null = values <= (0 if ridge else modes.cutoff)
-    inverse = torch.where(null, 0, 1 / values.masked_fill(null, 1))
+    # Cholesky fails on a ridge only if that is below round-off: there is none then.
+    null = modes.eigenvalues <= modes.cutoff
+    inverse = torch.where(null, 0, 1 / modes.eigenvalues.masked_fill(null, 1))
     return modes.directions @ (inverse[:, None] * (modes.directions.mT @ residual))
 
 

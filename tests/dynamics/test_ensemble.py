@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from ntk_callbacks.dynamics import ensemble, gradient_flow, nngp_posterior
 
@@ -155,6 +156,64 @@ def test_all_points_are_training_points():
     phi, root, y = problem(n_test=0)
     found = ensemble(*kernels(phi, root), y, math.inf)
     assert torch.allclose(found.mean, y, rtol=0, atol=1e-12)
+
+
+# Networks: one hidden layer of erf, whose kernels at infinite width are closed forms.
+
+SIGMA_W, SIGMA_B = 1.5, 0.3
+
+
+class ErfNetwork(nn.Module):
+    """h = σ_w/√fan_in W a + σ_b b, twice, with standard normal weights."""
+
+    def __init__(self, width):
+        super().__init__()
+        sizes = [(width, 4), (1, width)]
+        normal = {"dtype": torch.float64}
+        self.w = nn.ParameterList(torch.randn(size, **normal) for size in sizes)
+        self.b = nn.ParameterList(torch.randn(size[0], **normal) for size in sizes)
+
+    def forward(self, x):
+        h = SIGMA_W / 2 * x @ self.w[0].mT + SIGMA_B * self.b[0]
+        last = self.w[1]
+        return SIGMA_W / last.shape[1] ** 0.5 * h.erf() @ last.mT + SIGMA_B * self.b[1]
+
+
+def infinite_width(x):
+    """NNGP kernel and NTK of `ErfNetwork` (Williams 1997; Jacot et al. 2018)."""
+    first = SIGMA_W**2 * x @ x.mT / 4 + SIGMA_B**2
+    size = 1 + 2 * first.diagonal()
+    across = torch.outer(size, size)
+    both = 2 / math.pi * torch.asin(2 * first / across.sqrt())
+    slopes = 4 / math.pi / (across - 4 * first**2).sqrt()
+    nngp = SIGMA_W**2 * both + SIGMA_B**2
+    return nngp, nngp + SIGMA_W**2 * slopes * first
+
+
+@pytest.mark.slow
+def test_wide_networks_that_are_trained():
+    """Mean and covariance over 400 networks of width 1024, by SGD up to t = 2."""
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([1.0, -1.0, 0.5])
+    seeds, rate, steps = 400, 0.02, 100
+    outputs = []
+    for _ in range(seeds):
+        net = ErfNetwork(1024)
+        optimizer = torch.optim.SGD(net.parameters(), rate)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ((net(x[:3])[:, 0] - y) ** 2).sum().div(2).backward()
+            optimizer.step()
+        with torch.no_grad():
+            outputs.append(net(x)[:, 0])
+    f = torch.stack(outputs, 1)
+    nngp, ntk = infinite_width(x)
+    found = ensemble(nngp, ntk, y, rate * steps)
+    sd = found.covariance.diagonal().sqrt()
+    # Four standard errors, and what width and step size leave.
+    assert (f.mean(1) - found.mean).abs().le(4 * sd / seeds**0.5 + 0.02).all()
+    error = 4 * torch.outer(sd, sd) * (2 / seeds) ** 0.5
+    assert (torch.cov(f) - found.covariance).abs().le(error + 0.02).all()
+    assert ((nngp - found.covariance).abs() > error + 0.04).any()  # so that it can tell
 
 
 # Bad input.

@@ -36,7 +36,7 @@ def test_a_gradient_that_stays_moves_by_lambda_times_itself(name):
     optimizer = STEADY[name](net.parameters())
     gradient = torch.randn(2, 3, dtype=torch.float64)
     for _ in range(3):  # larger ones at first, which amsgrad does not forget
-        feed(optimizer, net, 5 * gradient)
+        feed(optimizer, net, 50 * gradient)
     # 0.9^500 = 1e-23: the past is forgotten where it is ever.
     for _ in range(500):
         moved = feed(optimizer, net, gradient)

@@ -86,6 +86,12 @@ def test_an_invisible_target_predicts_zero():
     assert torch.equal(kernel_regression(ntk * 0, y, ntk), torch.zeros(2).double())
 
 
+def test_a_ridge_below_round_off_is_none():
+    ntk, y = torch.ones(2, 2).double(), torch.tensor([1.0, -1.0]).double()
+    found = kernel_regression(ntk, y + 3, ntk, ridge=1e-20)
+    assert torch.allclose(found, torch.full((2,), 3.0).double(), rtol=0, atol=1e-14)
+
+
 def test_a_float32_kernel_is_singular_at_the_round_off_of_float32():
     phi, phi_test, y = problem(p=6)
     found = kernel_regression(
