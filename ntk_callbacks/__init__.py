@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ntk_callbacks import dynamics, metrics
+from ntk_callbacks import dynamics, metrics, theory
 from ntk_callbacks.callbacks.schedule import at, every, log_spaced
+from ntk_callbacks.dynamics import optimizer_scaling
 from ntk_callbacks.engine.density import spectral_density
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
 from ntk_callbacks.engine.kernel import empirical_ntk, plan_ntk
@@ -40,9 +41,11 @@ __all__ = [
     "input_singular_values",
     "log_spaced",
     "metrics",
+    "optimizer_scaling",
     "plan_ntk",
     "quietly",
     "spectral_density",
+    "theory",
     "top_eigenpairs",
     "trace_estimate",
 ]

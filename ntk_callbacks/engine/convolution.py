@@ -41,7 +41,7 @@ def convolution(
 
     def left(part: Tensor, columns: slice) -> Tensor:
         first, last = columns.start // size, -(-columns.stop // size)
-        flat = part.flatten(0, 1).unflatten(1, (groups, per_group))
+        flat = part.reshape(-1, groups, per_group, *part.shape[3:])
         read = flat[:, :, first:last].flatten(1, 2)
         found = patches(read, kernel, out, strides, before, dilations)
         found = found.view(len(part), k, groups, (last - first) * size, -1)

@@ -11,7 +11,8 @@ from ntk_callbacks.engine.coupling import beside, forward, is_coupled
 from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.engine.plan import Plan, scaled_names
 from ntk_callbacks.engine.problem import Problem
-from ntk_callbacks.engine.survey import Survey, gradients_at, surveyed
+from ntk_callbacks.engine.recording import gradients_at
+from ntk_callbacks.engine.survey import Survey, surveyed
 from ntk_callbacks.engine.terms import Sizes, Term, overlapping, planned, with_biases
 from ntk_callbacks.engine.views import extent
 from ntk_callbacks.errors import UnsupportedModelError

@@ -8,13 +8,8 @@ from torch import Tensor
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.contraction import Strand
 from ntk_callbacks.engine.factors import Call, Direct, Lookup, Outer, Use
-from ntk_callbacks.engine.survey import (
-    Place,
-    gradients_at,
-    known_again,
-    record,
-    uses_of,
-)
+from ntk_callbacks.engine.recording import gradients_at, record
+from ntk_callbacks.engine.survey import Place, known_again, uses_of
 from ntk_callbacks.engine.terms import Member, Term
 from ntk_callbacks.engine.views import extent, view_of
 from ntk_callbacks.functional import ModelFunction

@@ -7,24 +7,16 @@ import torch
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
-from ntk_callbacks.engine.backward import graph_nodes, refuse_bypassed
+from ntk_callbacks.engine.backward import graph_nodes
 from ntk_callbacks.engine.batch_axis import BatchAxis, located
 from ntk_callbacks.engine.factors import Call, Outer, Use, unexpanded
+from ntk_callbacks.engine.recording import Recording, gradients_at, record
 from ntk_callbacks.engine.rules import RULES, Rule, local
-from ntk_callbacks.engine.taps import Recorder, Tap
+from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.engine.terms import Member
 from ntk_callbacks.engine.views import View, roots, view_of
 from ntk_callbacks.functional import ModelFunction
-from ntk_callbacks.nested import batch_size, map_tensors
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One forward pass: the leaves, the outputs `(n, c)`, the taps in their order."""
-
-    parameters: Params
-    outputs: Tensor
-    taps: list[Tap]
+from ntk_callbacks.nested import batch_size
 
 
 @dataclass(frozen=True)
@@ -68,63 +60,6 @@ class Survey:
     members: dict[str, list[Member]] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
     live: dict[Member, int] = field(default_factory=dict)
-
-
-def record(
-    function: ModelFunction, params: Params, x: Inputs, names: list[str]
-) -> Recording:
-    """Run the model, and note where the named parameters meet the data.
-
-    Args:
-        function: The model.
-        params: Values of its parameters.
-        x: A batch.
-        names: The parameters to differentiate.
-
-    Returns:
-        The outputs, whose graph ends at the taps.
-    """
-    leaves = {name: params[name].detach().requires_grad_() for name in names}
-
-    def from_data(tensor: Tensor) -> Tensor:
-        differentiable = tensor.is_floating_point()
-        return tensor.detach().requires_grad_() if differentiable else tensor
-
-    inputs = map_tensors(from_data, x)
-    recorder = Recorder(leaves, inputs, RULES)
-    with recorder:
-        outputs = function(params | leaves, inputs)
-    refuse_bypassed(function, outputs)
-    return Recording(leaves, outputs, recorder.taps)
-
-
-def gradients_at(
-    taps: list[Tap], number: Tensor, directions: Tensor | None = None
-) -> list[Tensor]:
-    """The gradients of a number by the outputs of taps, zero where there is no path.
-
-    Args:
-        taps: Where to stop; their graph is kept.
-        number: What to differentiate, or a vector of numbers.
-        directions: For a vector, the rows of the result in terms of its entries; all
-            of them are differentiated in one backward pass.
-
-    Returns:
-        For each tap a tensor of its shape, behind an axis for the directions if given.
-    """
-    lead = () if directions is None else (len(directions),)
-    found = torch.autograd.grad(
-        number,
-        [tap.edge for tap in taps],
-        directions,
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=directions is not None,
-    )
-    return [
-        number.new_zeros(*lead, *tap.shape) if gradient is None else gradient
-        for tap, gradient in zip(taps, found, strict=True)
-    ]
 
 
 def surveyed(
@@ -182,9 +117,11 @@ def surveyed(
 def _axes(
     recording: Recording, n: int
 ) -> tuple[Sequence[Tensor | None], list[BatchAxis | str | None]]:
-    """For each tap a gradient, if it is known, and the batch axis.
+    """Gradients at the taps, and their batch axes.
 
-    There is no axis if nothing depends on the tap; a text says what is wrong.
+    Returns:
+        For each tap a gradient, None if it is not known; and its batch axis, None if
+        nothing depends on it, or what is wrong.
     """
     taps, outputs = recording.taps, recording.outputs
     unknown = [None for _ in taps]

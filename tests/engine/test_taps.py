@@ -30,8 +30,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ntk_callbacks import empirical_ntk, plan_ntk
 from ntk_callbacks.engine.backward import graph_nodes
 from ntk_callbacks.engine.batch_axis import BatchAxis, located
+from ntk_callbacks.engine.recording import gradients_at, record
 from ntk_callbacks.engine.sides import ChangedModelError, Side
-from ntk_callbacks.engine.survey import gradients_at, record, surveyed
+from ntk_callbacks.engine.survey import surveyed
 from ntk_callbacks.functional import ModelFunction
 
 TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
