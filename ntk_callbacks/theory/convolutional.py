@@ -8,7 +8,7 @@ that ends in `flatten` sees only pairs of the same pixel; pooling mixes all pair
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from ntk_callbacks.theory.kernels import (
     infinite_width_kernels,
 )
 from ntk_callbacks.theory.layers import activate, dense, sequential, weighted
-from ntk_callbacks.theory.learning import Learning, check_depth
+from ntk_callbacks.theory.learning import Learning, check_choice, check_depth
 
 Head: TypeAlias = Literal["flatten", "pool"]
 """A readout of all pixels, or of their mean."""
@@ -74,11 +74,7 @@ def convolution(
             f"kernel_size is {kernel_size}, stride {stride}, padding {padding}; "
             "expected at least 1, 1 and 0."
         )
-    if padding_mode not in get_args(PaddingMode):
-        raise ValueError(
-            f"padding_mode is {padding_mode!r}, "
-            f"expected one of {', '.join(get_args(PaddingMode))}."
-        )
+    check_choice(PaddingMode, padding_mode=padding_mode)
 
     def tap_mean(kernel: Tensor, spatial: int, paired: bool) -> Tensor:
         for axis in range(-spatial, 0):
@@ -207,8 +203,7 @@ def convolutional(
         Arora et al. (2019), arXiv:1904.11955 (CNTK, with pooling and without).
     """
     check_depth(depth)
-    if head not in get_args(Head):
-        raise ValueError(f"head is {head!r}, expected one of {get_args(Head)}.")
+    check_choice(Head, head=head)
     block = sequential(
         convolution(
             sigma_w,

@@ -119,7 +119,8 @@ def pair_moment(
         activation: A name in `ACTIVATIONS` or an elementwise callable.
         q1: Variances of u.
         q2: Variances of v; the three shapes are broadcast.
-        q12: Covariances; beyond ±√(q1 q2) by round-off they are taken as ±√(q1 q2).
+        q12: Covariances; within 1e-15 of ±√(q1 q2), or beyond it by round-off, they are
+            taken as ±√(q1 q2).
         derivative: 0 for φ, 1 for φ'.
 
     Returns:
@@ -147,7 +148,10 @@ def pair_moment(
             "pair_moment: not covariances: |q12| exceeds √(q1 q2) by up to "
             f"{excess.max().item():.3g}."
         )
-    shared = shared.clamp(-bound, bound)
+    # Correlations that round-off does not tell from ±1 are ±1: a derivative with a jump
+    # would magnify it to its root.
+    aligned = shared.abs() >= bound * (1 - 1e-15)
+    shared = torch.where(aligned, bound * shared.sign(), shared)
     phi = elementwise(activation)
     if isinstance(phi, _KNOWN):
         return phi.pair(first, second, shared, derivative)

@@ -67,7 +67,7 @@ def fully_connected(
         return dense(sigma_w, sigma_b, learning=Learning(parametrization, fan_in))
 
     hidden = [sequential(activate(activation), layer(width)) for _ in range(depth)]
-    network = sequential(layer(x1[0].numel()), *hidden)
+    network = sequential(layer(first.shape[1]), *hidden)
     return infinite_width_kernels(network, first, second)
 
 

@@ -9,13 +9,14 @@ tangent kernel. A network is a function of `Covariances`, composed of small ones
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.layout import widened
+from ntk_callbacks.theory.learning import check_choice
 
 Pixels: TypeAlias = Literal["all", "same"]
 """Pairs of pixels to keep: all, or only a pixel with itself."""
@@ -128,8 +129,7 @@ def infinite_width_kernels(
         Jacot, Gabriel and Hongler (2018), arXiv:1806.07572; Lee et al. (2018),
         arXiv:1711.00165; Novak et al. (2020), arXiv:1912.02803.
     """
-    if pixels not in get_args(Pixels):
-        raise ValueError(f"pixels is {pixels!r}, expected one of {get_args(Pixels)}.")
+    check_choice(Pixels, pixels=pixels)
     first = _checked("x1", x1)
     second = first if x2 is None else _checked("x2", x2)
     if first.shape[1:] != second.shape[1:]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 Parametrization: TypeAlias = Literal["ntk", "standard"]
 """Where 1/√fan_in enters: the forward pass, or the initial variance."""
@@ -42,11 +42,7 @@ class Learning:
 
     def __post_init__(self) -> None:
         check_not_negative(weight_rate=self.weight_rate, bias_rate=self.bias_rate)
-        if self.parametrization not in get_args(Parametrization):
-            raise ValueError(
-                f"parametrization is {self.parametrization!r}, "
-                f"expected one of {', '.join(get_args(Parametrization))}."
-            )
+        check_choice(Parametrization, parametrization=self.parametrization)
         if self.parametrization == "standard" and (self.fan_in or 0) < 1:
             raise ValueError(
                 f"fan_in is {self.fan_in}; the kernel of the standard parametrization "
@@ -86,6 +82,23 @@ def check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}, expected a number of at least 0.")
+
+
+def check_choice(choices: Any, **choice: str) -> None:
+    """Refuse a word that is not among the choices of a `Literal`.
+
+    Args:
+        choices: A `Literal`.
+        **choice: Name of the argument -> what was given.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    for name, given in choice.items():
+        if given not in get_args(choices):
+            raise ValueError(
+                f"{name} is {given!r}, expected one of {', '.join(get_args(choices))}."
+            )
 
 
 def check_depth(depth: int) -> None:
