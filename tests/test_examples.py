@@ -108,6 +108,16 @@ def test_training_example_is_foretold_by_its_kernel(tmp_path):
     assert aware < 1 < 50 < plain
 
 
+def test_infinite_width_example_reads_images_and_approaches_the_limit(tmp_path):
+    output = run(EXAMPLES / "infinite_width_kernel.py", tmp_path)
+    right = re.findall(r"^.+ reads (\d+)% of the new images right$", output, re.M)
+    assert len(right) == 3
+    assert all(int(share) > 80 for share in right)  # chance is 10 %
+    narrow, wide = re.findall(r"^width \d+: .+ by ([\d.]+)%$", output, re.M)
+    assert float(wide) < 0.75 * float(narrow)  # four times the width
+    assert not list(tmp_path.iterdir())
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -158,5 +168,5 @@ def test_every_example_is_run():
     assert names == {
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size"),
-        *("predicted_training",),
+        *("predicted_training", "infinite_width_kernel"),
     }
