@@ -5,7 +5,6 @@ h = (σ_w/√fan_in) W a + σ_b b with W and b standard normal (`parametrization
 the same random function as W ~ N(0, σ_w²/fan_in) and b ~ N(0, σ_b²) (`"standard"`).
 """
 
-from ntk_callbacks.theory.activations import ACTIVATIONS, Activation
 from ntk_callbacks.theory.closed_forms import PiecewiseLinear
 from ntk_callbacks.theory.convolutional import (
     convolution,
@@ -23,8 +22,6 @@ from ntk_callbacks.theory.layers import activate, dense, residual, sequential
 from ntk_callbacks.theory.learning import Learning
 
 __all__ = [
-    "ACTIVATIONS",
-    "Activation",
     "Covariances",
     "Kernels",
     "Learning",

@@ -34,6 +34,11 @@ class Kernels:
     Args:
         nngp: Covariance of the outputs over initializations, (n1, n2), float64.
         ntk: Neural tangent kernel Θ = J Jᵀ, (n1, n2), float64.
+
+    Example:
+        >>> from ntk_callbacks.theory import dense
+        >>> infinite_width_kernels(dense(2.0, 1.0), torch.ones(1, 3)).nngp
+        tensor([[5.]], dtype=torch.float64)
     """
 
     nngp: Float[Tensor, "n1 n2"]
@@ -53,6 +58,16 @@ class Covariances:
         spatial: Number of pixel axes, 0 for vectors.
         fresh: Whether weights of its own made this layer independent of the
             input of the enclosing residual branch.
+
+    Example:
+        A layer of one's own, a factor of 2:
+
+        >>> from dataclasses import replace
+        >>> def double(before: Covariances) -> Covariances:
+        ...     names = ("nngp", "ntk", "own1", "own2")
+        ...     return replace(before, **{k: 4 * getattr(before, k) for k in names})
+        >>> infinite_width_kernels(double, torch.ones(1, 3)).nngp
+        tensor([[4.]], dtype=torch.float64)
     """
 
     nngp: Float[Tensor, "n1 n2 ..."]

@@ -8,13 +8,12 @@ from torch import nn
 from torch.nn import functional
 
 from ntk_callbacks.theory import (
-    ACTIVATIONS,
     PiecewiseLinear,
     curvature_moment,
     moment,
     pair_moment,
 )
-from ntk_callbacks.theory.activations import elementwise
+from ntk_callbacks.theory.activations import ACTIVATIONS, elementwise
 from ntk_callbacks.theory.pieces import legendre_rule, smooth_pieces
 
 # The same functions under names that bring no closed form.
