@@ -16,6 +16,7 @@ from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
 from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
+from ntk_callbacks.reporting.history import load_history
 
 if TYPE_CHECKING:
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
@@ -39,6 +40,7 @@ __all__ = [
     "every",
     "input_jacobian",
     "input_singular_values",
+    "load_history",
     "log_spaced",
     "metrics",
     "optimizer_scaling",

@@ -1,6 +1,7 @@
 """JacobianMonitor: singular values of the input-output Jacobian while training."""
 
 from ntk_callbacks._types import Mode, OutputFunction
+from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
@@ -22,6 +23,8 @@ class JacobianMonitor(Monitor):
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
         memory_budget: Bytes, or `"2GiB"`, that the Jacobians held at a time may take.
         name: Group of the tags; tells two monitors apart.
+        history: Whether measurements are kept for `load_history` in the folder of the
+            run, or in which other folder.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -43,6 +46,7 @@ class JacobianMonitor(Monitor):
         mode: Mode = "eval",
         memory_budget: int | str | None = None,
         name: str = "jacobian",
+        history: History = True,
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(
@@ -56,4 +60,5 @@ class JacobianMonitor(Monitor):
             every=every,
             on_error=on_error,
             settings=(name, mode),
+            history=history,
         )

@@ -38,7 +38,7 @@ class NTKMonitor(Monitor):
         by: As in `empirical_ntk`; adds the trace of each part as `ntk_modules/trace/…`.
         output_fn: `(model, x) -> (n, ...)` where the module's `forward` is not what to
             measure, for example `lambda module, x: module.net(x)`.
-        options: `NTKOptions`: mode, route, memory budget, name of the tags.
+        options: `NTKOptions`: mode, route, memory budget, name of the tags, history.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -81,4 +81,6 @@ class NTKMonitor(Monitor):
             every=every,
             on_error=on_error,
             settings=(instrument.options.name, outputs, parameters, by),
+            history=instrument.options.history,
+            keep_matrices=instrument.options.keep_kernels,
         )

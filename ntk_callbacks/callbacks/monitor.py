@@ -7,9 +7,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import lightning.pytorch
 import pytorch_lightning
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
+from ntk_callbacks.callbacks.history import History, MonitorHistory
+from ntk_callbacks.callbacks.precautions import mute as _mute
+from ntk_callbacks.callbacks.precautions import refuse_sharded as _refuse_sharded
+from ntk_callbacks.callbacks.precautions import stable_text
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
 from ntk_callbacks.errors import (
@@ -46,6 +49,9 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         on_error: `"warn"` skips a measurement that fails, and turns the monitor off
             if it refuses the model or fails three times in a row; `"raise"` raises.
         settings: What tells this monitor from another of its type, for checkpoints.
+        history: Whether measurements are kept in files beside the loggers, or in which
+            folder; see `MonitorHistory`.
+        keep_matrices: Keep matrices such as kernels there too.
 
     Raises:
         ValueError: If an argument is not understood.
@@ -59,6 +65,8 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         every: Every,
         on_error: OnError,
         settings: tuple[Any, ...],
+        history: History = True,
+        keep_matrices: bool = False,
     ) -> None:
         super().__init__()
         if on_error not in get_args(OnError):
@@ -70,14 +78,16 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.history: list[tuple[int, dict[str, float]]] = []
         """(step, {tag: value}) of every measurement of this run."""
         self._source = probe
-        self._settings = " ".join(_stable_text(value) for value in settings)
+        self._settings = " ".join(stable_text(value) for value in settings)
+        self._kept = MonitorHistory(instrument, history, keep_matrices)
         self._trainer = 0
         self._reset()
 
     def _reset(self) -> None:
         self.history.clear()
+        self._kept.restart()
         self._step = 0
-        self._measured = -1
+        self._measured = self._previous = -1
         self._seen = 0
         self._started = False
         self._failures = 0
@@ -182,7 +192,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
     def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
         if not scheduled:
             self._scheduled_state = self.state_dict()
-        self._measured = self._step
+        self._previous, self._measured = self._measured, self._step
         if not self._active(trainer):
             return
         start = time.perf_counter()
@@ -191,7 +201,9 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             with quietly(pl_module):
                 _mute(pl_module)
                 if not self._started and self._source is not None:
-                    self.instrument.start(probe_of(trainer, self._source))
+                    probe = probe_of(trainer, self._source)
+                    self.instrument.start(probe)
+                    self._kept.probe = probe
                 self._started = True
                 measurement = self.instrument.measure(pl_module, self._step)
         except Exception as error:
@@ -202,10 +214,14 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.history.append((measurement.step, dict(measurement.scalars)))
         tag = monitor_tag("seconds", self.instrument.name)
         measurement.scalars[tag] = time.perf_counter() - start
-        self._report(trainer, measurement)
+        self._report(trainer, pl_module, measurement)
 
-    def _report(self, trainer: Any, measurement: Measurement) -> None:
-        for name, error in report(measurement, trainer.loggers):
+    def _report(self, trainer: Any, pl_module: Any, measurement: Measurement) -> None:
+        failures = report(measurement, trainer.loggers)
+        failures += self._kept.keep(
+            measurement, trainer, pl_module, self._previous, self.history[:-1]
+        )
+        for name, error in failures:
             if self.on_error == "raise":
                 raise error
             if name in self._complained:
@@ -267,31 +283,3 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._measured = state_dict["measured"]
         self.history += [(step, dict(found)) for step, found in state_dict["history"]]
         self.instrument.load_state_dict(state_dict["instrument"])
-
-
-def _mute(pl_module: nn.Module) -> None:
-    """Let a `forward` that calls `self.log` log nothing; the guard puts `log` back."""
-    for module in pl_module.modules():
-        if hasattr(module, "log_dict") and hasattr(module, "log"):
-            vars(module).update(log=_log_nothing, log_dict=_log_nothing)
-
-
-def _log_nothing(*_args: Any, **_options: Any) -> None:
-    return None
-
-
-def _refuse_sharded(trainer: Any) -> None:
-    """Before anything touches the weights: reading a shard can wait for others."""
-    strategy = type(trainer.strategy).__name__
-    if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
-        raise UnsupportedModelError(
-            f"the weights are sharded by {strategy}; measurements need them whole on "
-            "one process. Train with DDP or on one device to measure."
-        )
-
-
-def _stable_text(value: Any) -> str:
-    """The same text in every process, unlike the repr of a function."""
-    if callable(value):
-        return str(getattr(value, "__qualname__", type(value).__name__))
-    return str(value)

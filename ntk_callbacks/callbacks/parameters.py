@@ -1,6 +1,7 @@
 """ParameterDriftMonitor: how far the weights travel while a network trains."""
 
 from ntk_callbacks._types import ParameterFilter
+from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
 
@@ -18,6 +19,8 @@ class ParameterDriftMonitor(Monitor):
         parameters: As in `empirical_ntk`; chosen at the first measurement.
         per_tensor: One curve for each tensor too.
         name: Group of the tags; tells two monitors apart.
+        history: Whether measurements are kept for `load_history` in the folder of the
+            run, or in which other folder.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -37,6 +40,7 @@ class ParameterDriftMonitor(Monitor):
         parameters: ParameterFilter = None,
         per_tensor: bool = True,
         name: str = "params",
+        history: History = True,
         on_error: OnError = "warn",
     ) -> None:
         super().__init__(
@@ -47,4 +51,5 @@ class ParameterDriftMonitor(Monitor):
             every=every,
             on_error=on_error,
             settings=(name, parameters),
+            history=history,
         )

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
@@ -58,6 +59,9 @@ class NTKOptions:
         dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
             traced over the outputs; from 2048 outputs c on they are not formed at all.
         name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
+        history: Whether `NTKMonitor` keeps its measurements for `load_history` in the
+            folder of the run, or in which other folder.
+        keep_kernels: Keep the traced kernel there too, the examples ordered by class.
 
     Raises:
         ValueError: If an option is not understood.
@@ -68,6 +72,8 @@ class NTKOptions:
     memory_budget: int | str | None = None
     dense_limit: int = 2048
     name: str = "ntk"
+    history: bool | str | PathLike[str] = True
+    keep_kernels: bool = False
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, get_args(Mode))
