@@ -36,7 +36,7 @@ class Kernels:
         ntk: Neural tangent kernel Θ = J Jᵀ, (n1, n2), float64.
 
     Example:
-        >>> from ntk_callbacks.theory import dense
+        >>> from ntk_callbacks.theory import dense, infinite_width_kernels
         >>> infinite_width_kernels(dense(2.0, 1.0), torch.ones(1, 3)).nngp
         tensor([[5.]], dtype=torch.float64)
     """
@@ -63,7 +63,8 @@ class Covariances:
         A layer of one's own, a factor of 2:
 
         >>> from dataclasses import replace
-        >>> def double(before: Covariances) -> Covariances:
+        >>> from ntk_callbacks.theory import infinite_width_kernels
+        >>> def double(before):
         ...     names = ("nngp", "ntk", "own1", "own2")
         ...     return replace(before, **{k: 4 * getattr(before, k) for k in names})
         >>> infinite_width_kernels(double, torch.ones(1, 3)).nngp
@@ -134,7 +135,9 @@ def infinite_width_kernels(
             finite.
 
     Example:
-        >>> from ntk_callbacks.theory import activate, dense, sequential
+        >>> from ntk_callbacks.theory import (
+        ...     activate, dense, infinite_width_kernels, sequential
+        ... )
         >>> network = sequential(dense(1.0), activate("relu"), dense(1.0))
         >>> infinite_width_kernels(network, torch.eye(2)).ntk
         tensor([[0.5000, 0.0796],
