@@ -39,15 +39,35 @@ def as_matrix(ntk: Kernel) -> Float[Tensor, "rows columns"]:
 
 def symmetric(kernel: Kernel) -> Kernel:
     """The upper triangle and its mirror image: symmetric to the last bit."""
-    n = kernel.shape[0]
     if kernel.ndim == 4:
-        c = kernel.shape[-1]
-        matrix = kernel.transpose(1, 2).reshape(n * c, n * c)
-        matrix = matrix.triu() + matrix.triu(1).mT
-        return matrix.view(n, c, n, c).transpose(1, 2)
-    batched = kernel if kernel.ndim == 2 else kernel.permute(2, 0, 1)
-    batched = batched.triu() + batched.triu(1).mT
-    return batched if kernel.ndim == 2 else batched.permute(1, 2, 0)
+        rows = kernel.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return symmetric_(rows.transpose(1, 2))
+    return symmetric_(kernel.clone(memory_format=torch.contiguous_format))
+
+
+def symmetric_(kernel: Kernel) -> Kernel:
+    """`symmetric` in place, for a kernel that lies in memory as its matrix does."""
+    if kernel.ndim == 4:
+        rows = kernel.transpose(1, 2)
+        mirror_(rows.view(rows.shape[0] * rows.shape[1], -1))
+    else:
+        mirror_(kernel if kernel.ndim == 2 else kernel.permute(2, 0, 1))
+    return kernel
+
+
+def mirror_(matrix: Float[Tensor, "*batch n n"], size: int = 256) -> None:
+    """Copy the upper triangle to the lower one, some rows at a time.
+
+    Args:
+        matrix: Changed in place.
+        size: Rows at a time: as many as stay in a cache.
+    """
+    for start in range(0, matrix.shape[-1], size):
+        rows = slice(start, start + size)
+        block = matrix[..., rows, rows]
+        block.copy_(block.triu() + block.triu(1).mT)
+        below = slice(start + size, None)
+        matrix[..., below, rows] = matrix[..., rows, below].mT
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.engine.factors import Outer
+from ntk_callbacks.layout import mirror_
 
 _CACHED = 2**20
 """Numbers that stay in a processor's cache from one product to the next."""
@@ -94,15 +95,13 @@ class Products:
         if self.outputs == "diagonal":
             return total.permute(1, 2, 0)
         if self.symmetric:
-            total = total.triu() + total.triu(1).mT
+            mirror_(total)
         n1, n2 = (size // o for size in total.shape)
         return total.view(o, n1, o, n2).permute(1, 3, 0, 2)
 
 
-def add_product(
-    total: Tensor, left: Tensor, right: Tensor, symmetric: bool, beta: int = 1
-) -> None:
-    """`total = beta·total + left @ right`; its upper triangle if that is enough."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
+    """`total += left @ right`; its upper triangle if that is enough."""
     count = 1
     if symmetric:
         count = 4 if len(left) >= 256 else 2 if len(left) >= 64 else 1
@@ -110,7 +109,7 @@ def add_product(
     for start in range(0, len(left), size):
         block = total[start : start + size, start if symmetric else 0 :]
         columns = right[:, start:] if symmetric else right
-        block.addmm_(left[start : start + size], columns, beta=beta)
+        block.addmm_(left[start : start + size], columns)
 
 
 def materialized(
@@ -201,12 +200,18 @@ def paired(
             if right is None
             else _stacked(right)[:, :, 0].transpose(0, 1).flatten(0, 1)
         )
-        gram = g1.new_empty(len(g1), len(g2))
-        add_product(gram, g1, g2.mT, right is None, beta=0)
-        blocks = gram.view(len(a1), o, len(a2), o).transpose(1, 2)
-        if into is None:
-            return blocks * weights[:, :, None, None]
-        return into.addcmul_(blocks, weights[:, :, None, None])
+        total = weights.new_zeros(*weights.shape, o, o) if into is None else into
+        # Block by block: reading a large Gram matrix again would take longer than it.
+        size = max(1, _CACHED // (o * len(g2)))
+        if right is None:  # what lies left of a block is left out
+            size = min(size, -(-len(a1) // 4))
+        for rows in _slices(len(a1), size):
+            columns = slice(rows.start if right is None else 0, len(a2))
+            own, others = g1[o * rows.start : o * rows.stop], g2[o * columns.start :]
+            gram = (own @ others.mT).view(-1, o, len(others) // o, o)
+            scale_of = weights[rows, columns, None, None]
+            total[rows, columns].addcmul_(gram.transpose(1, 2), scale_of)
+        return total
     g1, g2 = _stacked(left), _stacked(right or left)
     (n1, t, _), (n2, t2, _) = a1.shape, a2.shape
     kernel = a1.new_zeros(o if outputs == "diagonal" else 1, n1, n2)

@@ -23,7 +23,7 @@ from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.sides import ChangedModelError, Side
 from ntk_callbacks.engine.terms import Term
 from ntk_callbacks.engine.views import extent, view_of
-from ntk_callbacks.layout import symmetric
+from ntk_callbacks.layout import symmetric_
 from ntk_callbacks.nested import examples
 
 Scale: TypeAlias = Callable[[str], Tensor | None]
@@ -70,14 +70,16 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
             parts[part] = _zeros(problem, plan.sizes.o)
     ordered = {part: parts[part] for part in dict.fromkeys(problem.groups.values())}
     if problem.x2 is None:
-        return {part: symmetric(kernel) for part, kernel in ordered.items()}
+        return {part: symmetric_(kernel) for part, kernel in ordered.items()}
     return ordered
 
 
 def _zeros(problem: Problem, o: int) -> Kernel:
-    shape = {"full": (o, o), "trace": (), "diagonal": (o,)}[problem.outputs]
     like = next(iter(problem.function.params.values()))
-    return like.new_zeros(*problem.sizes, *shape)
+    n1, n2 = problem.sizes
+    if problem.outputs == "full":  # as a matrix in memory, which products add to
+        return like.new_zeros(n1, o, n2, o).transpose(1, 2)
+    return like.new_zeros(n1, n2, *([o] if problem.outputs == "diagonal" else []))
 
 
 @torch.no_grad()

@@ -74,17 +74,17 @@ class Side:
             terms: Those that are contracted next.
             together: Whether the passes are made as one.
         """
-        forms = {
-            (member.tap, member.slot): self._form(term, member)
-            for term in terms
-            for member in term.members
-        }
-        taps = sorted({tap for tap, _ in forms})
-        for gradients in self._passes(taps, together):
-            by_tap = dict(zip(taps, gradients, strict=True))
-            for place, form in forms.items():
-                found = form(by_tap[place[0]]).detach()
-                self._held.setdefault(place, []).append(found)
+        forms: dict[int, dict[int, Callable[[Tensor], Tensor]]] = {}
+        for term in terms:
+            for member in term.members:
+                form = self._form(term, member)
+                forms.setdefault(member.tap, {})[member.slot] = form
+        for gradients in self._passes(list(forms), together):
+            for tap, by_slot in reversed(forms.items()):
+                gradient = gradients.pop()  # freed before the next one is copied
+                for slot, form in by_slot.items():
+                    found = form(gradient).detach()
+                    self._held.setdefault((tap, slot), []).append(found)
 
     def _form(self, term: Term, member: Member) -> Callable[[Tensor], Tensor]:
         """What is held of a gradient until the term is contracted."""
