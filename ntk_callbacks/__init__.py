@@ -12,6 +12,7 @@ from ntk_callbacks.engine.kernel import empirical_ntk, plan_ntk
 from ntk_callbacks.engine.matrix_free import top_eigenpairs, trace_estimate
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.products import TangentOperator
+from ntk_callbacks.engine.signals import signal_statistics
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
 from ntk_callbacks.layout import as_matrix
@@ -46,6 +47,7 @@ __all__ = [
     "optimizer_scaling",
     "plan_ntk",
     "quietly",
+    "signal_statistics",
     "spectral_density",
     "theory",
     "top_eigenpairs",
