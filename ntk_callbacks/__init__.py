@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
     from ntk_callbacks.callbacks.kernel import NTKMonitor
     from ntk_callbacks.callbacks.parameters import ParameterDriftMonitor
+    from ntk_callbacks.callbacks.prediction import PredictionMonitor
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "NTKOptions",
     "ParameterDriftMonitor",
     "Plan",
+    "PredictionMonitor",
     "Probe",
     "TangentOperator",
     "as_matrix",
@@ -59,6 +61,7 @@ _LAZY = {
     "JacobianMonitor": "ntk_callbacks.callbacks.jacobian",
     "NTKMonitor": "ntk_callbacks.callbacks.kernel",
     "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
+    "PredictionMonitor": "ntk_callbacks.callbacks.prediction",
 }
 
 

@@ -118,6 +118,28 @@ def test_infinite_width_example_reads_images_and_approaches_the_limit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_next_step_of_adamw_is_foretold(tmp_path):
+    output = run(EXAMPLES / "next_loss_change.py", tmp_path)
+    rows = re.findall(r"^step +(\d+) (\S+) (\S+) (\S+) +\S+%$", output, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 3, 6, 10, 12]
+    for row in rows:
+        plain, own, actual = map(float, row[1:])
+        assert own == pytest.approx(actual, rel=0.05)
+        assert actual / plain > 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_history_example_reads_back_what_the_run_kept(tmp_path):
+    output = run(EXAMPLES / "history_in_a_notebook.py", tmp_path)
+    rows = re.findall(r"^step (\d+): kernel distance (\S+)$", output, re.MULTILINE)
+    assert [int(step) for step, _ in rows] == [0, 29, 58]
+    assert 0 == float(rows[0][1]) < float(rows[1][1]) < float(rows[2][1])
+    assert "kernel of full outputs on 64 images" in output
+    assert "kernels kept: 3 of shape (64, 64)" in output
+    (folder,) = re.findall(r"ntk-report (\S+)$", output, re.MULTILINE)
+    assert (tmp_path / folder / "ntk_history" / "ntk.jsonl").is_file()
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -167,6 +189,6 @@ def test_every_example_is_run():
     names = {script.stem for script in SCRIPTS}
     assert names == {
         *("plain_trainer", "plain_loop"),
-        *("kernel_in_a_notebook", "kernel_of_any_size"),
-        *("predicted_training", "infinite_width_kernel"),
+        *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
+        *("predicted_training", "infinite_width_kernel", "next_loss_change"),
     }

@@ -13,6 +13,7 @@ from ntk_callbacks import Probe
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
+from ntk_callbacks.instruments.prediction import PredictionInstrument
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,12 +61,16 @@ def test_the_table_names_every_scalar():
 
     net = nn.Linear(4, 2)
     probe = Probe(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    net(probe.inputs).sum().backward()
+    prediction = PredictionInstrument()
+    prediction.predict(net, torch.optim.SGD(net.parameters(), 0.1), 0)
     logged = {"monitor/seconds"}  # by the monitor around an instrument
     for instrument in (
         KernelInstrument(),
         KernelInstrument(outputs="matrix-free"),
         ParameterDriftInstrument(per_tensor=False),
         JacobianInstrument(),
+        prediction,
     ):
         instrument.start(probe)
         logged |= instrument.measure(net, 0).scalars.keys()

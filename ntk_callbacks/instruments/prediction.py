@@ -54,9 +54,6 @@ class PredictionInstrument:
         memory_budget: Working memory of the products, in bytes or as `"2GiB"`.
         name: Group of the tags.
 
-    Attributes:
-        changes: Every output at the last measured step; None before.
-
     Raises:
         ValueError: If an argument is not understood.
 
@@ -103,10 +100,15 @@ class PredictionInstrument:
         self.per_class = per_class
         self.mode: Mode = mode
         self.memory_budget = memory_budget
-        self.changes: OutputChanges | None = None
+        self._changes: OutputChanges | None = None
         self._warned = False
         self._probe: Probe | None = None
         self._pending: PredictedUpdate | None = None
+
+    @property
+    def changes(self) -> OutputChanges | None:
+        """Every output at the last update that was predicted and measured."""
+        return self._changes
 
     def start(self, probe: Probe) -> None:
         """Take the examples that are watched.
@@ -200,7 +202,7 @@ class PredictionInstrument:
                 if self.per_class:
                     shares = class_scores(y, changes)
                     found |= {f"{self.name}_classes/{k}": v for k, v in shares.items()}
-                self.changes = changes
+                self._changes = changes
         return Measurement(step, scalars=numbers(found))
 
     def _outputs(self, model: nn.Module, probe: Probe) -> Tensor:
@@ -269,4 +271,4 @@ class PredictionInstrument:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore; what was predicted of another run is dropped."""
-        self._pending = self.changes = None
+        self._pending = self._changes = None

@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
 
-PREFIXES = ("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/")
+PREFIXES = (
+    *("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
+    *("prediction/", "prediction_classes/"),
+)
 
 
 class Recorder(Logger):

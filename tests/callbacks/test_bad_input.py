@@ -17,6 +17,7 @@ from ntk_callbacks import (
     NTKMonitor,
     NTKOptions,
     ParameterDriftMonitor,
+    PredictionMonitor,
     Probe,
 )
 from ntk_callbacks.errors import (
@@ -219,7 +220,9 @@ def test_missing_file_is_found_before_any_training(tmp_path):
         JacobianMonitor(tmp_path / "nowhere.pt")
 
 
-@pytest.mark.parametrize("kind", [NTKMonitor, ParameterDriftMonitor, JacobianMonitor])
+@pytest.mark.parametrize(
+    "kind", [NTKMonitor, ParameterDriftMonitor, JacobianMonitor, PredictionMonitor]
+)
 def test_two_monitors_of_one_name_are_refused_before_training(kind):
     with pytest.raises(ValueError, match="another monitor writes to the tags"):
         fit(Plain(), [kind(every=2), kind(every=3)])

@@ -30,7 +30,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
+from ntk_callbacks import (
+    JacobianMonitor,
+    NTKMonitor,
+    ParameterDriftMonitor,
+    PredictionMonitor,
+)
 
 # Two names of Lightning ----------------------------------------------------------
 
@@ -195,6 +200,7 @@ def test_tags_are_legal_for_every_logger():
         NTKMonitor(4, 3, by="parameter", on_error="raise"),
         ParameterDriftMonitor(3, on_error="raise"),
         JacobianMonitor(4, 3, on_error="raise"),
+        PredictionMonitor(4, 3, per_class=True, on_error="raise"),
     ]
     measured = fit(model, monitors).recorder.measured()
     tags = {tag for row in measured.values() for tag in row}
@@ -202,7 +208,10 @@ def test_tags_are_legal_for_every_logger():
     assert "params_tensors/displacement/net.0.a_b_c.bias" in tags
     assert all(re.fullmatch(r"[A-Za-z0-9_/.-]+", tag) for tag in tags)
     groups = {tag.split("/")[0] for tag in tags}
-    assert groups == {"ntk", "ntk_modules", "params", "params_tensors", "jacobian"}
+    assert groups == {
+        *("ntk", "ntk_modules", "params", "params_tensors", "jacobian"),
+        *("prediction", "prediction_classes"),
+    }
 
 
 # Precision -----------------------------------------------------------------------
@@ -364,6 +373,7 @@ def test_compiled_models(how, backend):
         NTKMonitor(4, 1, by="module", on_error="raise"),
         ParameterDriftMonitor(1, on_error="raise"),
         JacobianMonitor(4, 1, on_error="raise"),
+        PredictionMonitor(4, 1, on_error="raise"),
     ]
     monitored, with_monitors = run(monitors)
     bare, without = run([])

@@ -26,7 +26,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
+from ntk_callbacks import (
+    JacobianMonitor,
+    NTKMonitor,
+    ParameterDriftMonitor,
+    PredictionMonitor,
+)
 
 DELICATE = {"accumulate_grad_batches": 2, "max_epochs": 3}
 
@@ -57,7 +62,8 @@ def test_nothing_of_a_delicate_run_changes():
     """Modes 1-8: chance, training flags, frozen layers, buffers, gradients that are
     half accumulated, the order of a shuffled loader."""
     watch, watch_bare = HalfWay(), HalfWay()
-    monitored = delicate_run([*three_monitors(every=1), watch])
+    prediction = PredictionMonitor(4, 1, on_error="raise")
+    monitored = delicate_run([*three_monitors(every=1), prediction, watch])
     bare = delicate_run([watch_bare])
     assert [*monitored.recorder.measured()] == [*range(10)]  # 3 epochs of 5 batches
     same(monitored.trace(), bare.trace())
@@ -80,6 +86,7 @@ def test_train_mode_kernel_moves_no_statistics():
     monitors = [
         NTKMonitor(4, 1, options=NTKOptions(mode="train"), on_error="raise"),
         JacobianMonitor(4, 1, mode="train", on_error="raise"),
+        PredictionMonitor(4, 1, mode="train", on_error="raise"),
     ]
     monitored = delicate_run(monitors)
     assert len(monitored.recorder.measured()) == 10

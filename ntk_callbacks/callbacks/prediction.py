@@ -1,0 +1,222 @@
+"""PredictionMonitor: what the kernel says of the next step, beside what it does."""
+
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning
+from torch.optim import Optimizer
+
+from ntk_callbacks._types import Mode, OutputFunction, Params
+from ntk_callbacks.callbacks.ending import is_last_step
+from ntk_callbacks.callbacks.history import History
+from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.precautions import mute, refuse_sharded
+from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
+from ntk_callbacks.dynamics.optimizer_step import clipped_gradients
+from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.guard import isolated_rng, quietly
+from ntk_callbacks.instruments.predicted_update import held_gradients
+from ntk_callbacks.instruments.prediction import PredictionInstrument
+from ntk_callbacks.instruments.prediction_scores import ProbeLoss
+
+_CLIPPING = "configure_gradient_clipping"
+
+
+class PredictionMonitor(Monitor):
+    """Logs how well the tangent kernel predicts what a step does to the probe.
+
+    Before a step the outputs f of the probe are predicted to first order in the step,
+    JΔθ with J = ∂f/∂θ: once for the exact step Δθ of the optimizer (momentum, weight
+    decay, Adam's scaling, rates by group, clipped and accumulated gradients), once for
+    one of plain gradient descent at the same learning rate η, −η Θ(probe, batch) ∇_f L.
+    After the step, at the step's own number:
+
+    - `prediction/loss`, the loss L of the probe, after the step;
+    - `prediction/loss_change_actual`, ΔL;
+    - `prediction/loss_change_optimizer`, ∇_f L · JΔθ;
+    - `prediction/loss_change_gradient_flow`, −η ∇_f L · Θ(probe, batch) ∇_f L;
+    - `prediction/loss_change_linearized`, L(f + JΔθ) − L(f): off ΔL by the curvature of
+      the network alone, where `…_optimizer` lacks that of the loss too;
+    - `prediction/explained`, 1 − |ΔL − ∇_f L · JΔθ|/|ΔL|;
+    - `prediction/output_cosine`, the cosine of JΔθ and the real Δf over all outputs;
+    - `prediction/output_error`, ‖Δf − JΔθ‖/‖Δf‖;
+    - `prediction/step_error`, ‖Δθ − predicted Δθ‖/‖Δθ‖: 0, unless code that runs after
+      this callback changes gradients or weights.
+
+    On demand `prediction_classes/loss_change_actual/<label>`, `…_optimizer/<label>` and
+    `…_gradient_flow/<label>`, which add up over the labels. All changes are zero where
+    a gradient scaler skips the step. `instrument.changes` holds every output.
+
+    Where no update was predicted there is only `prediction/loss`: at the start, and at
+    a last step that could not be foreseen. Costs two products J·v on the probe, three
+    forward passes, and for the time of the step three copies of the weights; the
+    weights and the state of the optimizer are copied once more to take the step aside.
+
+    Args:
+        probe: As in `NTKMonitor`; with targets, for the loss.
+        every: As in `NTKMonitor`; asked for an update before it is made.
+        loss_fn: `(outputs, targets) -> ()` in float64; by default the mean
+            cross-entropy if the targets are integer labels `(n,)`. Without one only
+            outputs are compared.
+        output_fn: As in `NTKMonitor`.
+        per_class: Log the changes of each class too; for the default loss.
+        mode: `"eval"` or `"train"`, as in `empirical_ntk`.
+        memory_budget: Bytes, or `"2GiB"`, that the products may take.
+        name: Group of the tags; tells two monitors apart.
+        history: As in `JacobianMonitor`.
+        on_error: `"warn"` skips what fails; `"raise"` raises.
+
+    Raises:
+        ValueError: If an argument is not understood.
+
+    Example:
+        >>> monitor = PredictionMonitor(probe=64, every="100 steps")
+
+    References:
+        Jacot, Gabriel, Hongler 2018, arXiv:1806.07572 (kernel gradient); Lee et al.
+        2019, arXiv:1902.06720 (linearized networks).
+    """
+
+    instrument: PredictionInstrument
+
+    def __init__(
+        self,
+        probe: ProbeSource = 64,
+        every: Every = "epoch",
+        *,
+        loss_fn: ProbeLoss | None = None,
+        output_fn: OutputFunction | None = None,
+        per_class: bool = False,
+        mode: Mode = "eval",
+        memory_budget: int | str | None = None,
+        name: str = "prediction",
+        history: History = True,
+        on_error: OnError = "warn",
+    ) -> None:
+        super().__init__(
+            PredictionInstrument(
+                loss_fn=loss_fn,
+                output_fn=output_fn,
+                per_class=per_class,
+                mode=mode,
+                memory_budget=memory_budget,
+                name=name,
+            ),
+            probe=checked_probe(probe),
+            every=every,
+            on_error=on_error,
+            settings=(name, mode, per_class),
+            history=history,
+        )
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._failed: Exception | None = None
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Optimizer
+    ) -> None:
+        """Predict the update that is about to be made, if it is to be measured.
+
+        Gradients are accumulated, reduced and unscaled by now, but not clipped.
+        """
+        if self._failed or not (self._active(trainer) and self._is_due(trainer)):
+            return
+        try:
+            refuse_sharded(trainer)
+            with isolated_rng():  # copying what an optimizer holds may run any code
+                gradients = _unscaled(trainer, optimizer, pl_module)
+                if _skips(trainer, gradients):
+                    gradients = {}
+                self.instrument.predict(
+                    pl_module,
+                    optimizer,
+                    self._step + 1,
+                    gradients=gradients,
+                    applied=_clipped(trainer, pl_module, optimizer, gradients),
+                )
+        except Exception as error:
+            self._failed = error  # told when this update is measured
+
+    def _is_due(self, trainer: Any) -> bool:
+        """Whether the next update will be measured, as far as can be known."""
+        ends_epoch = trainer.is_last_batch
+        epoch = trainer.current_epoch + 1 if ends_epoch else None
+        if self.schedule.due(self._step + 1, epoch) or is_last_step(
+            trainer, ends_epoch
+        ):
+            return True
+        steps = trainer.global_step + len(trainer.optimizers)
+        return bool(trainer.max_steps != -1 and steps >= trainer.max_steps)
+
+    def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
+        error, self._failed = self._failed, None
+        if error is None:
+            super()._measure(trainer, pl_module, scheduled)
+            return
+        if not scheduled:
+            self._scheduled_state = self.state_dict()
+        self._measured = self._step
+        self._skip(error)
+
+
+def _unscaled(trainer: Any, optimizer: Optimizer, pl_module: Any) -> Params:
+    """Gradients of the loss; fused optimizers unscale them while they step."""
+    gradients = held_gradients(pl_module, optimizer)
+    scaler = _scaler(trainer)
+    if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scale = scaler.get_scale()
+        gradients = {name: g / scale for name, g in gradients.items()}
+    return gradients
+
+
+def _skips(trainer: Any, gradients: Params) -> bool:
+    """Whether a gradient scaler will skip the step."""
+    if not _scaler(trainer):
+        return False
+    return not all(bool(g.isfinite().all()) for g in gradients.values())
+
+
+def _scaler(trainer: Any) -> Any:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def _clipped(
+    trainer: Any, pl_module: Any, optimizer: Optimizer, gradients: Params
+) -> Params:
+    """The gradients as clipping will leave them, found on copies."""
+    if not pl_module.automatic_optimization:
+        return gradients  # the module clips them before it steps
+    limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if not _clips_itself(pl_module):
+        if not limit:
+            return gradients
+        return clipped_gradients(
+            gradients, **{"max_value" if rule == "value" else "max_norm": limit}
+        )
+    if trainer.world_size > 1:
+        raise UnsupportedModelError(
+            f"PredictionMonitor: {type(pl_module).__name__}.{_CLIPPING} may wait for "
+            "other processes, but measurements run on one. Clip with "
+            "Trainer(gradient_clip_val=…), or train on one process to predict steps."
+        )
+    with quietly(pl_module):
+        mute(pl_module)
+        for name, gradient in gradients.items():
+            pl_module.get_parameter(name).grad = gradient.clone()
+        pl_module.configure_gradient_clipping(
+            optimizer, gradient_clip_val=limit, gradient_clip_algorithm=rule
+        )
+        return {
+            name: gradient.clone()
+            for name, gradient in held_gradients(pl_module, optimizer).items()
+        }
+
+
+def _clips_itself(pl_module: Any) -> bool:
+    """Whether the module overrides how Lightning clips, in either namespace."""
+    lightnings = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
+    return getattr(type(pl_module), _CLIPPING) not in [
+        getattr(kind, _CLIPPING) for kind in lightnings
+    ]
