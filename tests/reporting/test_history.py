@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -511,3 +512,39 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     fit(Plain(), [ParameterDriftMonitor(3, history="run", on_error="raise")])
     assert not Path("run").exists()
+
+
+DYING = """
+import os, signal, sys
+from monitored import fit, Plain
+from ntk_callbacks import NTKMonitor, ParameterDriftMonitor
+
+calls = 0
+
+def deadly(module, x):
+    global calls
+    if module.training is False and (calls := calls + 1) > int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return module(x)
+
+monitors = [ParameterDriftMonitor(1, history="run"), NTKMonitor(4, 1, output_fn=deadly)]
+fit(Plain(), monitors, max_steps=100, default_root_dir="run")
+"""
+
+
+@pytest.mark.slow
+def test_run_killed_in_the_middle_of_a_measurement(tmp_path):
+    """A real kill -9 inside the forward pass of the eleventh kernel or so."""
+    process = subprocess.run(
+        [sys.executable, "-c", DYING, str(tmp_path), "40"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    history = load_history("run")
+    kernels = history["ntk/trace"].steps.tolist()
+    assert kernels == [*range(len(kernels))]
+    assert len(kernels) > 2
+    # The other monitor came first at each step.
+    assert history["params/displacement"].steps.tolist() == [*kernels, len(kernels)]
+    assert len(history["ntk/eigenvalues_log10"].values) == len(kernels)

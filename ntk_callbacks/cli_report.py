@@ -1,0 +1,112 @@
+"""`ntk-report`: one HTML page that compares the histories of runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ntk_callbacks.reporting.history import RunHistory, history_folders, load_history
+from ntk_callbacks.reporting.report_page import report_page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `ntk-report`.
+
+    Args:
+        arguments: Words of the command line; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ntk-report",
+        description="Write one self-contained HTML page that compares runs.",
+        epilog="ntk-report outputs/mlp/* -o widths.html",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or a folder of runs such as that of a sweep",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (default: report.html); a file of that name is replaced",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(_write(options.runs, options.output))
+    except (OSError, ValueError) as error:
+        sys.exit(f"ntk-report: {error}")
+
+
+def _write(paths: Sequence[Path], output: Path) -> str:
+    folders = _folders(paths)
+    histories: dict[Path, RunHistory] = {}
+    for folder in folders:
+        try:
+            histories[folder] = load_history(folder)
+        except (OSError, ValueError) as error:
+            if len(folders) == 1:
+                raise
+            print(f"ntk-report: left out: {error}", file=sys.stderr)
+    if not histories:
+        raise ValueError("no run has a complete measurement.")
+    names = dict(zip(histories, run_names([*histories]), strict=True))
+    page = report_page(
+        {names[folder]: history for folder, history in histories.items()},
+        {names[folder]: _overrides(folder) for folder in histories},
+    )
+    output.write_text(page, encoding="utf-8")
+    return f"{output}: {len(histories)} run{'s' * (len(histories) > 1)}"
+
+
+def _folders(paths: Sequence[Path]) -> list[Path]:
+    found: dict[Path, Path] = {}
+    for path in paths:
+        # Of a folder without any, `load_history` says what is wrong.
+        for folder in history_folders(path) or [path]:
+            found.setdefault(folder.resolve(), folder)
+    return [*found.values()]
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the runs apart: their paths without what is common.
+
+    Args:
+        folders: Different folders.
+
+    Returns:
+        One name for each.
+
+    Example:
+        >>> run_names([Path("out/mlp/08-00/a"), Path("out/cnn/08-00/a")])
+        ['mlp/08-00/a', 'cnn/08-00/a']
+        >>> run_names([Path("out/mlp/08-00")])
+        ['08-00']
+    """
+    whole = [folder.resolve().parts for folder in folders]
+    shared = 0
+    while all(len(parts) > shared + 1 for parts in whole) and (
+        len({parts[shared] for parts in whole}) == 1
+    ):
+        shared += 1
+    if len(whole) == 1:
+        return [whole[0][-1]]
+    return ["/".join(parts[shared:]) for parts in whole]
+
+
+def _overrides(folder: Path) -> str:
+    """The words after `ntk-train`, where Hydra noted them: a list, one on each line."""
+    path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return ""
+    lines = path.read_text("utf-8").splitlines()
+    words = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    return " ".join(["ntk-train", *words])
+
+
+if __name__ == "__main__":
+    main()
