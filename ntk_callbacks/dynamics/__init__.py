@@ -9,12 +9,15 @@ from ntk_callbacks.dynamics.ensemble import Gaussian, ensemble, nngp_posterior
 from ntk_callbacks.dynamics.function_space import Trajectory
 from ntk_callbacks.dynamics.gradient_descent import gradient_descent
 from ntk_callbacks.dynamics.gradient_flow import gradient_flow
+from ntk_callbacks.dynamics.kernel_change import kernel_change
+from ntk_callbacks.dynamics.linearize import LinearizedModel, linearize
 from ntk_callbacks.dynamics.losses import loss_gradient
 from ntk_callbacks.dynamics.modes import Eigenmodes, eigenmodes, learning_times
 from ntk_callbacks.dynamics.one_step import LossChange, loss_change, output_change
 from ntk_callbacks.dynamics.optimizer_scaling import optimizer_scaling
 from ntk_callbacks.dynamics.optimizer_step import clipped_gradients, predicted_step
 from ntk_callbacks.dynamics.regression import kernel_regression
+from ntk_callbacks.dynamics.scale_output import ScaledModel, scale_output
 from ntk_callbacks.dynamics.stability import (
     contraction_factors,
     learning_steps,
@@ -24,7 +27,9 @@ from ntk_callbacks.dynamics.stability import (
 __all__ = [
     "Eigenmodes",
     "Gaussian",
+    "LinearizedModel",
     "LossChange",
+    "ScaledModel",
     "Trajectory",
     "clipped_gradients",
     "contraction_factors",
@@ -33,9 +38,11 @@ __all__ = [
     "ensemble",
     "gradient_descent",
     "gradient_flow",
+    "kernel_change",
     "kernel_regression",
     "learning_steps",
     "learning_times",
+    "linearize",
     "loss_change",
     "loss_gradient",
     "max_learning_rate",
@@ -43,4 +50,5 @@ __all__ = [
     "optimizer_scaling",
     "output_change",
     "predicted_step",
+    "scale_output",
 ]
