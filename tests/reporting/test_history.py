@@ -188,8 +188,12 @@ def test_a_run_goes_on_after_a_torn_line(torn):
     line = path.read_bytes().splitlines()[-1]
     with path.open("ab") as file:
         file.write(line[:torn])
-    HistoryFile(folder / FOLDER, "ntk").append(measurement(2), after=1)
-    check(load_history(folder), [0, 1, 2])
+    again = HistoryFile(folder / FOLDER, "ntk")
+    again.conventions = {"seed": "of the second process"}
+    again.append(measurement(2), after=1)
+    history = load_history(folder)
+    check(history, [0, 1, 2])
+    assert history.conventions["ntk"] == again.conventions
 
 
 def test_zeros_after_a_power_failure_are_no_measurement():
