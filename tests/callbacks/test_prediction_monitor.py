@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from monitored import (
     Delicate,
     Plain,
@@ -277,7 +278,7 @@ class OwnClipping(Plain):
         self.calls += 1
         for layer in (self.net[0], self.net[2]):
             norm = nn.utils.clip_grad_norm_(layer.parameters(), 0.02)
-            self.log(f"norm_{norm.numel()}", norm)
+            self.log("norm", norm, on_step=True, on_epoch=True, reduce_fx="sum")
 
 
 def test_clipping_of_the_module_itself_is_foreseen_without_a_trace():
@@ -545,6 +546,23 @@ def test_module_that_clips_itself_on_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
     model = trained_with(OPTIMIZERS["sgd"], OwnClipping)
     stepped_aside(model, r"OwnClipping.configure_gradient_clipping may wait for other")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+def test_sharded_weights_are_not_touched_where_a_run_goes_on():
+    """There the step comes before any measurement that could refuse them."""
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        """Only the name is that of the sharding one."""
+
+    run(Plain, monitor(), max_steps=3).trainer.save_checkpoint("3.ckpt")
+    used = PredictionMonitor(4, 1)
+    asked = []
+    used.instrument.predict = lambda *_, **__: asked.append(1)
+    strategy = FSDPStrategy(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="step 4 failed.*sharded by FSDPStrategy"):
+        run(Plain, used, max_steps=6, ckpt_path="3.ckpt", strategy=strategy)
+    assert not asked
 
 
 def test_frozen_and_unused_parameters():
