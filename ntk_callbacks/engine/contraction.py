@@ -253,9 +253,8 @@ def factored(
     """
     a1, a2 = _positions(left), _positions(right or left)
     (n1, t1, d), (n2, t2, _) = a1.shape, a2.shape
-    g1 = _stacked(left).transpose(0, 1).flatten(2)  # (n1, o, t·c)
-    g2 = _stacked(right or left).permute(1, 2, 3, 0)  # (n2, t, c, o)
-    g2 = g2.reshape(n2, t2, -1)
+    g1 = _stacked(left, 1).flatten(2)  # (n1, o, t·c)
+    g2 = _stacked(right or left, 3).flatten(2)  # (n2, t, c·o)
     o = g1.shape[1]
     kernel = a1.new_zeros(n1, n2, o, o)
     size = max(1, min(workspace, _CACHED) // (t1 * (t2 + g2.shape[2])))
@@ -276,10 +275,10 @@ def _positions(side: list[Strand]) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).contiguous()
 
 
-def _stacked(side: list[Strand]) -> Tensor:
-    """The gradients of all uses, `(o, n, t, c)`."""
-    uses = [torch.stack(strand.g).squeeze(2) for strand in side]
-    return (uses[0] if len(uses) == 1 else torch.cat(uses, 2)).contiguous()
+def _stacked(side: list[Strand], axis: int = 0) -> Tensor:
+    """The gradients of all uses, `(n, t, c)` with the outputs put before an axis."""
+    uses = [torch.stack([g.squeeze(1) for g in s.g], axis) for s in side]
+    return uses[0] if len(uses) == 1 else torch.cat(uses, 1 if axis > 1 else 2)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
