@@ -226,7 +226,8 @@ def convolutional(
 def _padded(kernel: Tensor, axis: int, around: int, mode: PaddingMode) -> Tensor:
     size = kernel.shape[axis]
     if mode == "circular":
-        return kernel.index_select(axis, torch.arange(-around, size + around) % size)
+        index = torch.arange(-around, size + around, device=kernel.device)
+        return kernel.index_select(axis, index % size)
     shape = list(kernel.shape)
     shape[axis] = around
     nothing = kernel.new_zeros(shape)
@@ -243,9 +244,10 @@ def _window_mean(
         )
     total = kernel.new_zeros(())
     for tap in range(window):
+        end = size - window + tap + 1
+        index = torch.arange(tap, end, stride, device=kernel.device)
         part = kernel
         for axis in axes:
-            index = torch.arange(tap, size - window + tap + 1, stride)
             part = part.index_select(axis, index)
         total = total + part
     return total / window

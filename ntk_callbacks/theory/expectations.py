@@ -155,7 +155,9 @@ def pair_moment(
     phi = elementwise(activation)
     if isinstance(phi, _KNOWN):
         return phi.pair(first, second, shared, derivative)
-    return pair_expectation(phi, first, second, shared, derivative)
+    # Quadrature is done on the CPU.
+    arguments = (first.cpu(), second.cpu(), shared.cpu())
+    return pair_expectation(phi, *arguments, derivative).to(shared.device)
 
 
 def _line(
@@ -163,14 +165,14 @@ def _line(
     q: Tensor,
     integrand: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    deviations = q.clamp(min=_SMALLEST).sqrt()
+    deviations = q.cpu().clamp(min=_SMALLEST).sqrt()  # quadrature is done there
     distinct, where = torch.unique(deviations, return_inverse=True)
 
     def along(z: Tensor, deviation: Tensor) -> Tensor:
         return integrand(z, *value_and_slope(phi, z * deviation))
 
     cuts = cuts_for(phi, distinct)
-    return line_expectation(along, distinct[:, None], cuts)[where]
+    return line_expectation(along, distinct[:, None], cuts)[where].to(q.device)
 
 
 def _variances(**variances: Tensor | float) -> list[Tensor]:

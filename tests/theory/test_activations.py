@@ -268,11 +268,27 @@ def test_torch_functions_and_modules_bring_their_closed_forms():
         assert torch.allclose(ACTIVATIONS[name](x), twin(x))
 
 
+class Shifted(nn.Module):
+    """ReLU with a kink that can be moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.kink = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.relu(x - self.kink)
+
+
 def test_a_module_with_parameters_is_read_afresh():
-    module = nn.PReLU(init=0.5).double()
-    assert moment(module, 1.0).item() == pytest.approx(0.625)
-    module.weight.data.fill_(0.0)
-    assert moment(module, 1.0).item() == pytest.approx(0.5)
+    module = Shifted()
+    for kink in (0.3, -1.1):
+        module.kink.data.fill_(kink)
+        for derivative in (0, 1):
+            found = moment(module, VARIANCES, derivative=derivative)
+            expected = moment(
+                lambda x, t=kink: torch.relu(x - t), VARIANCES, derivative=derivative
+            )
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("inplace", [nn.ELU(inplace=True), nn.Hardtanh(inplace=True)])
