@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.callbacks.kernel import NTKMonitor
     from ntk_callbacks.callbacks.parameters import ParameterDriftMonitor
     from ntk_callbacks.callbacks.prediction import PredictionMonitor
+    from ntk_callbacks.callbacks.signal import SignalMonitor
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "PredictionMonitor",
     "Probe",
+    "SignalMonitor",
     "TangentOperator",
     "as_matrix",
     "at",
@@ -62,6 +64,7 @@ _LAZY = {
     "NTKMonitor": "ntk_callbacks.callbacks.kernel",
     "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
     "PredictionMonitor": "ntk_callbacks.callbacks.prediction",
+    "SignalMonitor": "ntk_callbacks.callbacks.signal",
 }
 
 

@@ -140,6 +140,21 @@ def test_history_example_reads_back_what_the_run_kept(tmp_path):
     assert (tmp_path / folder / "ntk_history" / "ntk.jsonl").is_file()
 
 
+def test_signals_follow_the_maps_of_mean_field_theory(tmp_path):
+    output = run(EXAMPLES / "signal_by_depth.py", tmp_path)
+    rows = re.findall(r"^ +(\d+)" + r" +(\S+) \( *(\S+)\)" * 3 + "$", output, re.M)
+    assert [int(row[0]) for row in rows] == [2, 4, 8, 15] * 3
+    for row in rows:
+        q, q_theory, c, c_theory, chi, chi_theory = map(float, row[1:])
+        # Width 200: √(2/200) = 10 % of scatter, and as much from the weights.
+        assert q == pytest.approx(q_theory, rel=0.3)
+        assert c == pytest.approx(c_theory, abs=0.1)
+        assert chi == pytest.approx(chi_theory, rel=0.3)
+    growth = [float(g) for g in re.findall(r"grow (\S+) times", output)]
+    assert growth[0] < 0.01 < 0.1 < growth[1] < 10 < growth[2]
+    assert not list(tmp_path.iterdir())
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -191,4 +206,5 @@ def test_every_example_is_run():
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
+        "signal_by_depth",
     }

@@ -14,6 +14,7 @@ from ntk_callbacks.instruments.jacobian import JacobianInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
 from ntk_callbacks.instruments.prediction import PredictionInstrument
+from ntk_callbacks.instruments.signal import SignalInstrument
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,6 +75,9 @@ def test_the_table_names_every_scalar():
     ):
         instrument.start(probe)
         logged |= instrument.measure(net, 0).scalars.keys()
+    signal, deep = SignalInstrument(), nn.Sequential(net, nn.Tanh(), nn.Linear(2, 2))
+    signal.start(probe)
+    logged |= signal.measure(deep, 0).scalars.keys()
     assert named == logged
 
 

@@ -19,6 +19,7 @@ from ntk_callbacks import (
     ParameterDriftMonitor,
     PredictionMonitor,
     Probe,
+    SignalMonitor,
 )
 from ntk_callbacks.errors import (
     MemoryBudgetError,
@@ -221,7 +222,11 @@ def test_missing_file_is_found_before_any_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [NTKMonitor, ParameterDriftMonitor, JacobianMonitor, PredictionMonitor]
+    "kind",
+    [
+        *(NTKMonitor, ParameterDriftMonitor, JacobianMonitor),
+        *(PredictionMonitor, SignalMonitor),
+    ],
 )
 def test_two_monitors_of_one_name_are_refused_before_training(kind):
     with pytest.raises(ValueError, match="another monitor writes to the tags"):
@@ -515,6 +520,9 @@ def test_nothing_to_train():
         (lambda: NTKOptions(name="my kernel"), ValueError, "part of tags"),
         (lambda: JacobianMonitor(mode="test"), ValueError, "mode='test'.*eval, train"),
         (lambda: JacobianMonitor(memory_budget=0), ValueError, "must be positive"),
+        (lambda: SignalMonitor(layers="["), ValueError, "no regular expression"),
+        (lambda: SignalMonitor(activation="tan"), ValueError, "expected one of relu"),
+        (lambda: SignalMonitor(gradient_of="x"), ValueError, "expected one of outputs"),
         (lambda: ParameterDriftMonitor(on_error="ignore"), ValueError, "'warn' or"),
         (lambda: NTKMonitor(torch.zeros(0, 3)), ProbeError, "no example"),
         (lambda: NTKMonitor(torch.tensor([[math.nan]])), ProbeError, "inputs hold NaN"),

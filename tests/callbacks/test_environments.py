@@ -35,6 +35,7 @@ from ntk_callbacks import (
     NTKMonitor,
     ParameterDriftMonitor,
     PredictionMonitor,
+    SignalMonitor,
 )
 
 # Two names of Lightning ----------------------------------------------------------
@@ -201,6 +202,7 @@ def test_tags_are_legal_for_every_logger():
         ParameterDriftMonitor(3, on_error="raise"),
         JacobianMonitor(4, 3, on_error="raise"),
         PredictionMonitor(4, 3, per_class=True, on_error="raise"),
+        SignalMonitor(4, 3, per_layer=True, on_error="raise"),
     ]
     measured = fit(model, monitors).recorder.measured()
     tags = {tag for row in measured.values() for tag in row}
@@ -210,7 +212,7 @@ def test_tags_are_legal_for_every_logger():
     groups = {tag.split("/")[0] for tag in tags}
     assert groups == {
         *("ntk", "ntk_modules", "params", "params_tensors", "jacobian"),
-        *("prediction", "prediction_classes"),
+        *("prediction", "prediction_classes", "signal", "signal_layers"),
     }
 
 
@@ -374,6 +376,7 @@ def test_compiled_models(how, backend):
         ParameterDriftMonitor(1, on_error="raise"),
         JacobianMonitor(4, 1, on_error="raise"),
         PredictionMonitor(4, 1, on_error="raise"),
+        SignalMonitor(4, 1, per_layer=True, on_error="raise"),
     ]
     monitored, with_monitors = run(monitors)
     bare, without = run([])

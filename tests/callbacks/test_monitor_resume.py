@@ -25,6 +25,7 @@ from ntk_callbacks import (
     NTKOptions,
     ParameterDriftMonitor,
     Probe,
+    SignalMonitor,
 )
 
 pytestmark = [
@@ -86,6 +87,7 @@ def monitors(every):
         NTKMonitor(5, every, by="module", on_error="raise"),
         ParameterDriftMonitor(every, on_error="raise"),
         JacobianMonitor(5, every, on_error="raise"),
+        SignalMonitor(5, every, per_layer=True, on_error="raise"),
     ]
 
 
@@ -232,6 +234,7 @@ def test_state_is_read_without_unpickling_code():
         NTKMonitor(5, 2, options=NTKOptions(name="ntk_2"), on_error="raise"),
         ParameterDriftMonitor(2, on_error="raise"),
         JacobianMonitor(5, 2, on_error="raise"),
+        SignalMonitor(5, 2, on_error="raise"),
     ]
     done = run(monitors, max_steps=5)
     done.trainer.save_checkpoint("state.ckpt")

@@ -31,6 +31,7 @@ from ntk_callbacks import (
     NTKMonitor,
     ParameterDriftMonitor,
     PredictionMonitor,
+    SignalMonitor,
 )
 
 DELICATE = {"accumulate_grad_batches": 2, "max_epochs": 3}
@@ -62,8 +63,10 @@ def test_nothing_of_a_delicate_run_changes():
     """Modes 1-8: chance, training flags, frozen layers, buffers, gradients that are
     half accumulated, the order of a shuffled loader."""
     watch, watch_bare = HalfWay(), HalfWay()
-    prediction = PredictionMonitor(4, 1, on_error="raise")
-    monitored = delicate_run([*three_monitors(every=1), prediction, watch])
+    others = [
+        kind(4, 1, on_error="raise") for kind in (PredictionMonitor, SignalMonitor)
+    ]
+    monitored = delicate_run([*three_monitors(every=1), *others, watch])
     bare = delicate_run([watch_bare])
     assert [*monitored.recorder.measured()] == [*range(10)]  # 3 epochs of 5 batches
     same(monitored.trace(), bare.trace())
@@ -87,6 +90,7 @@ def test_train_mode_kernel_moves_no_statistics():
         NTKMonitor(4, 1, options=NTKOptions(mode="train"), on_error="raise"),
         JacobianMonitor(4, 1, mode="train", on_error="raise"),
         PredictionMonitor(4, 1, mode="train", on_error="raise"),
+        SignalMonitor(4, 1, mode="train", on_error="raise"),
     ]
     monitored = delicate_run(monitors)
     assert len(monitored.recorder.measured()) == 10

@@ -52,6 +52,7 @@ def test_only_rank_zero_logs(results):
     assert not results[True, 1]["measured"]
     tags = {*results[True, 0]["measured"][3]}
     assert {"ntk/trace", "params/displacement", "jacobian/mean_square"} <= tags
+    assert "signal/chi" in tags
     assert results[True, 0]["measured"][3]["prediction/step_error"] == 0.0
     assert not any("broken" in tag for tag in tags)
 

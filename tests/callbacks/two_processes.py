@@ -9,7 +9,13 @@ from lightning.pytorch import Callback
 from monitored import Delicate, Recorder, fit, loader, seeded, three_monitors
 from torch import nn
 
-from ntk_callbacks import NTKMonitor, NTKOptions, PredictionMonitor, empirical_ntk
+from ntk_callbacks import (
+    NTKMonitor,
+    NTKOptions,
+    PredictionMonitor,
+    SignalMonitor,
+    empirical_ntk,
+)
 from ntk_callbacks.errors import UnsupportedModelError
 
 
@@ -36,7 +42,10 @@ def callbacks(monitored):
     if not monitored:
         return []
     broken = NTKMonitor(4, 1, output_fn=failing, options=NTKOptions(name="ntk/broken"))
-    return [*three_monitors(every=3), PredictionMonitor(4, 3, on_error="raise"), broken]
+    others = [
+        kind(4, 3, on_error="raise") for kind in (PredictionMonitor, SignalMonitor)
+    ]
+    return [*three_monitors(every=3), *others, broken]
 
 
 def train(callbacks, **settings):

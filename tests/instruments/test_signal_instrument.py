@@ -1,0 +1,292 @@
+"""Scalars by depth of networks that are known on paper, beside mean-field maps."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ntk_callbacks import Probe
+from ntk_callbacks.instruments.signal import SignalInstrument
+from ntk_callbacks.metrics.depth import depth_scale_fit
+
+CLOSE = {"rel": 1e-9, "abs": 1e-12}
+PLAIN = {"q_first", "q_last", "c_first", "c_last", "chi", "xi_q", "xi_c"}
+THEORY = {"q_mean_field_error", "c_mean_field_error"}
+
+
+def measured(net, x, targets=None, **settings):
+    instrument = SignalInstrument(**settings)
+    instrument.start(Probe(x, targets))
+    return instrument.measure(net, 7)
+
+
+def names(found, group="signal"):
+    return {tag.removeprefix(f"{group}/") for tag in found.scalars}
+
+
+def network(*widths, activation=nn.Tanh, scale=1.5, bias=0.0, orthogonal=False, seed=0):
+    """Layers with a given √(fan_in ⟨W²⟩) and |b|, exactly so where orthogonal."""
+    torch.manual_seed(seed)
+    parts = []
+    for d, width in pairwise(widths):
+        layer = nn.Linear(d, width).double()
+        if orthogonal:
+            nn.init.orthogonal_(layer.weight, gain=scale)
+        else:
+            nn.init.normal_(layer.weight, std=scale / d**0.5)
+        signs = torch.randint(2, (width,)) * 2.0 - 1
+        layer.bias.data.copy_(bias * signs)
+        parts += [layer, activation()]
+    return nn.Sequential(*parts[:-1])
+
+
+def test_isometries_obey_the_maps_exactly():
+    """h' = σ Q h: covariances and squared gradients are multiplied by σ²."""
+    net = network(*[6] * 5, activation=nn.Identity, orthogonal=True, scale=1.2)
+    x = torch.randn(5, 6).double()
+    found = measured(net, x)
+    assert found.step == 7
+    first = 1.44 * float(x.square().mean())
+    c = float(functional.cosine_similarity(x[:, None], x[None], dim=-1).sum() - 5) / 20
+    scalars = found.scalars
+    assert scalars["signal/q_first"] == pytest.approx(first, **CLOSE)
+    assert scalars["signal/q_last"] == pytest.approx(1.44**3 * first, **CLOSE)
+    assert scalars["signal/c_first"] == pytest.approx(c, **CLOSE)
+    assert scalars["signal/c_last"] == pytest.approx(c, **CLOSE)
+    assert scalars["signal/chi"] == pytest.approx(1.44, **CLOSE)
+    assert scalars["signal/q_mean_field_error"] == pytest.approx(0, abs=1e-12)
+    assert scalars["signal/c_mean_field_error"] == pytest.approx(0, abs=1e-12)
+    vectors = {k: v.tolist() for k, v in found.vectors.items()}
+    q = [first * 1.44**depth for depth in range(4)]
+    assert vectors["signal/q_by_depth"] == pytest.approx(q, **CLOSE)
+    predicted = [math.nan, *q[1:]]
+    assert vectors["signal/q_mean_field_by_depth"] == pytest.approx(
+        predicted, nan_ok=True, **CLOSE
+    )
+    assert vectors["signal/chi_by_depth"] == pytest.approx([1.44] * 3, **CLOSE)
+    assert vectors["signal/chi_mean_field_by_depth"] == pytest.approx(
+        [1.44] * 3, **CLOSE
+    )
+    assert len(vectors["signal/c_by_depth"]) == 4
+    assert vectors["signal/gradient_square_by_depth"] == pytest.approx(
+        [1.44**k / 6 for k in (3, 2, 1, 0)], **CLOSE
+    )
+
+
+# The trapezoidal rule: exact to round-off for functions this smooth.
+NODES = np.linspace(-9, 9, 601)
+WEIGHTS = np.exp(-(NODES**2) / 2) / np.exp(-(NODES**2) / 2).sum()
+
+
+def expectation(phi, q1, q2, q12):
+    """E φ(u) φ(v) on a fine grid of independent normal numbers."""
+    rho = q12 / math.sqrt(q1 * q2)
+    u = math.sqrt(q1) * NODES
+    v = math.sqrt(q2) * (rho * NODES[:, None] + math.sqrt(1 - rho**2) * NODES)
+    return float(WEIGHTS @ (phi(u)[:, None] * phi(v)) @ WEIGHTS)
+
+
+def test_predictions_are_one_application_of_the_maps():
+    net = network(6, 7, 5, bias=0.3)
+    x = torch.randn(3, 6).double()
+    h = net[0](x).detach().numpy()
+    covariance = h @ h.T / 7
+    w2 = 7 * float(net[2].weight.detach().square().mean())
+    b2 = 0.09
+    predicted = np.empty((3, 3))
+    for i in range(3):
+        for j in range(3):
+            q12 = covariance[i, j] if i != j else covariance[i, i] * (1 - 1e-15)
+            mixed = expectation(np.tanh, covariance[i, i], covariance[j, j], q12)
+            predicted[i, j] = w2 * mixed + b2
+    q = predicted.diagonal().mean()
+    root = np.sqrt(predicted.diagonal())
+    c = (predicted / root / root[:, None])[np.triu_indices(3, 1)].mean()
+    slopes = [
+        WEIGHTS @ (1 - np.tanh(math.sqrt(v) * NODES) ** 2) ** 2
+        for v in covariance.diagonal()
+    ]
+    found = measured(net, x)
+    vectors = {k: v.tolist() for k, v in found.vectors.items()}
+    assert vectors["signal/q_mean_field_by_depth"][1] == pytest.approx(q, rel=1e-6)
+    assert vectors["signal/c_mean_field_by_depth"][1] == pytest.approx(c, abs=1e-6)
+    assert vectors["signal/chi_mean_field_by_depth"] == pytest.approx(
+        [w2 * np.mean(slopes)], rel=1e-6
+    )
+    real = net(x).detach().numpy()
+    off = abs((real**2).mean() / q - 1)
+    assert found.scalars["signal/q_mean_field_error"] == pytest.approx(off, rel=1e-5)
+    norms = np.linalg.norm(real, axis=1)
+    cosines = (real @ real.T / norms / norms[:, None])[np.triu_indices(3, 1)]
+    assert found.scalars["signal/c_mean_field_error"] == pytest.approx(
+        abs(cosines.mean() - c), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.ELU, nn.Softplus],
+)
+def test_activations_are_recognized(activation):
+    net = network(200, 200, 200, activation=activation).float()
+    found = measured(net, torch.randn(4, 200))
+    assert names(found) == PLAIN | THEORY
+    # √(2/200) of the scatter of q, weights of the one layer and its inputs.
+    assert found.scalars["signal/q_mean_field_error"] < 0.2
+    assert found.scalars["signal/c_mean_field_error"] < 0.1
+
+
+def test_activations_of_ones_own():
+    class Cubic(nn.Module):
+        def forward(self, x):
+            return cubic(x)
+
+    def cubic(x):
+        return x + 0.1 * x**3
+
+    net = network(30, 30, 30, activation=Cubic)
+    x = torch.randn(4, 30).double()
+    assert names(measured(net, x)) == PLAIN
+    assert names(measured(net, x, activation="tanh")) == PLAIN  # it is another
+    found = measured(net, x, activation=cubic)
+    assert names(found) == PLAIN | THEORY
+    with pytest.raises(ValueError, match="expected one of relu"):
+        SignalInstrument(activation="cubic")
+    with pytest.raises(ValueError, match="not elementwise"):
+        SignalInstrument(activation=lambda x: x.softmax(-1))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h + self.second(h.tanh())
+        return self.third(h.tanh())
+
+
+def test_maps_are_taken_only_where_nothing_else_lies_between():
+    found = measured(Residual().double(), torch.randn(4, 6).double())
+    q = found.vectors["signal/q_mean_field_by_depth"].isfinite().tolist()
+    assert q == [False, True, False]
+    pooled = nn.Sequential(
+        *(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(3, 3, 2)),
+        *(nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 2)),
+    )
+    with torch.no_grad():
+        pooled[4].weight.fill_(2.0)
+    assert names(measured(pooled, torch.randn(4, 1, 8))) == PLAIN
+
+
+def test_depth_scales_are_fitted_to_all_but_the_last_layer():
+    width = 400
+    net = network(*[width] * 12, 3, scale=2.0, bias=0.05**0.5)
+    x = (torch.randn(width) + 0.6 * torch.randn(8, width)).double()
+    found = measured(net, x)
+    fits = {
+        what: depth_scale_fit(found.vectors[f"signal/{what}_by_depth"][:-1]).xi
+        for what in ("q", "c")
+    }
+    assert found.scalars["signal/xi_q"] == fits["q"]
+    assert found.scalars["signal/xi_c"] == fits["c"]
+    # σ_w = 2: ξ_q = 0.87 and ξ_c = 6.98 close to the fixed point.
+    assert 0.3 < fits["q"] < 3
+    assert 3 < fits["c"] < 14
+    shallow = measured(network(6, 6, 6), torch.randn(4, 6).double()).scalars
+    assert math.isnan(shallow["signal/xi_q"])
+    assert math.isnan(shallow["signal/xi_c"])
+
+
+def test_growth_of_gradients_is_the_geometric_mean():
+    net = network(6, 7, 5, 4)
+    x = torch.randn(3, 6).double()
+    found = measured(net, x)
+    squares = found.vectors["signal/gradient_square_by_depth"].numpy()
+    sums = squares * [7, 5, 4]
+    assert found.scalars["signal/chi"] == pytest.approx((sums[0] / sums[-1]) ** 0.5)
+
+
+def test_gradients_of_the_loss():
+    net = network(6, 5, 3)
+    x, y = torch.randn(4, 6).double(), torch.tensor([0, 2, 1, 1])
+    found = measured(net, x, y, gradient_of="loss")
+    gap = net(x).softmax(1) - torch.eye(3)[y]
+    assert found.vectors["signal/gradient_square_by_depth"][-1] == pytest.approx(
+        float(gap.detach().square().mean())
+    )
+    with pytest.raises(ValueError, match=r"needs targets.*gradient_of"):
+        SignalInstrument(gradient_of="loss").start(Probe(x))
+
+
+def test_numbers_of_every_layer_on_request():
+    net = nn.ModuleDict({"a b": nn.Linear(6, 5), "out": nn.Linear(5, 2)}).double()
+    x = torch.randn(4, 6).double()
+    found = measured(
+        net,
+        x,
+        output_fn=lambda m, x: m["out"](m["a b"](x).tanh()),
+        per_layer=True,
+        name="signal/x",
+    ).scalars
+    layers = {tag for tag in found if tag.startswith("signal/x_layers/")}
+    assert layers == {
+        f"signal/x_layers/{what}/{layer}"
+        for what in ("q", "c", "gradient_square")
+        for layer in ("a_b", "out")
+    }
+    h = net["a b"](x).detach()
+    assert found["signal/x_layers/q/a_b"] == pytest.approx(float(h.square().mean()))
+    assert found["signal/x/q_first"] == found["signal/x_layers/q/a_b"]
+
+
+def test_a_single_layer_and_a_single_example():
+    found = measured(nn.Linear(4, 2).double(), torch.randn(1, 4).double()).scalars
+    assert names_of_nan(found) == {"c_first", "c_last", "chi", "xi_q", "xi_c"}
+    net = network(6, 6, 6)
+    found = measured(net, torch.randn(1, 6).double()).scalars
+    assert math.isnan(found["signal/c_mean_field_error"])
+    assert math.isfinite(found["signal/q_mean_field_error"])
+
+
+def names_of_nan(scalars):
+    return {tag.removeprefix("signal/") for tag, v in scalars.items() if math.isnan(v)}
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e200, 0.0])
+def test_weights_gone_wrong_are_measured_all_the_same(value):
+    net = network(6, 6, 6)
+    with torch.no_grad():
+        net[0].weight.fill_(value)
+    found = measured(net, torch.randn(4, 6).double())
+    assert set(PLAIN) <= names(found)
+
+
+def test_start_comes_first_and_nothing_is_kept():
+    instrument = SignalInstrument()
+    with pytest.raises(RuntimeError, match=r"call start\(probe\) first"):
+        instrument.measure(nn.Linear(2, 2), 0)
+    assert instrument.state_dict() == {}
+    instrument.load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"mode": "test"}, "mode='test'.*eval, train"),
+        ({"gradient_of": "inputs"}, "gradient_of='inputs'.*outputs, loss"),
+        ({"layers": "["}, r"layers='\['.*no regular expression"),
+        ({"layers": 7}, "layers=7.*no regular expression"),
+        ({"layers": (nn.Linear, 3)}, "no regular expression"),
+        ({"output_fn": 3}, "output_fn must be callable"),
+        ({"name": "my signal"}, "part of tags"),
+    ],
+)
+def test_arguments_are_checked_at_once(settings, what):
+    with pytest.raises(ValueError, match=what):
+        SignalInstrument(**settings)
