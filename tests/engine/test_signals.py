@@ -108,12 +108,12 @@ def test_directions_are_of_unit_length_random_and_always_the_same():
     again = signal_statistics(deep, torch.tensor(X)).gradient_square
     assert torch.equal(first, again)
     # E_u |Jᵀu|² = |J|²/c: many examples that are all the same average over u.
-    x = torch.tensor(X[:1]).expand(20_000, 5)
+    x = torch.tensor(X[:1]).expand(2_000, 5)
     h = deep[0](x[:1]).detach()
     jacobian = deep[2].weight.detach() * (1 - h.tanh() ** 2)
     mean = signal_statistics(deep, x).layers[0].gradient_square
-    # 20 000 directions scatter by less than 1/√20 000 = 0.7 %.
-    assert mean == pytest.approx(float(jacobian.square().sum() / 3 / 8), rel=0.02)
+    # 2000 directions scatter by less than 1/√2000 = 2.2 %.
+    assert mean == pytest.approx(float(jacobian.square().sum() / 3 / 8), rel=0.06)
 
 
 def test_convolutions_against_autograd_by_hand():
