@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_callbacks.experiments.data import Digits, TorchvisionImages
+    from ntk_callbacks.experiments.initializations import (
+        critical_,
+        delta_orthogonal_,
+        scaled_orthogonal_,
+    )
     from ntk_callbacks.experiments.layers import Conv2d, Linear
     from ntk_callbacks.experiments.models import ACTIVATIONS, CNN, MLP, ResNet
     from ntk_callbacks.experiments.module import Classifier
@@ -19,6 +24,9 @@ __all__ = [
     "Linear",
     "ResNet",
     "TorchvisionImages",
+    "critical_",
+    "delta_orthogonal_",
+    "scaled_orthogonal_",
 ]
 
 # Imported when first asked for: `ntk-train --help` need not wait for Lightning.
@@ -32,6 +40,9 @@ _LAZY = {
     "MLP": "models",
     "ResNet": "models",
     "TorchvisionImages": "data",
+    "critical_": "initializations",
+    "delta_orthogonal_": "initializations",
+    "scaled_orthogonal_": "initializations",
 }
 
 
