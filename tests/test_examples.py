@@ -155,6 +155,19 @@ def test_signals_follow_the_maps_of_mean_field_theory(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_networks_at_the_edge_of_chaos_have_the_spectra_predicted(tmp_path):
+    output = run(EXAMPLES / "edge_of_chaos.py", tmp_path)
+    assert re.search(r"^σ_b 0\.60  \.+#\*+$", output, re.MULTILINE)
+    pattern = r"^([\d.]+) +(gaussian|orthogonal) +(\S+) +(\S+) +(\S+) +(\S+)$"
+    rows = re.findall(pattern, output, re.MULTILINE)
+    assert len(rows) == 6
+    for _, _, mean, foretold, largest, edge in rows:
+        assert float(mean) == pytest.approx(float(foretold), rel=0.3)
+        assert float(largest) == pytest.approx(float(edge), rel=0.4)
+    means = [float(row[2]) for row in rows]
+    assert means[0] < 0.3 < 0.6 < means[2] < 1.6 < 3 < means[4]
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -206,5 +219,5 @@ def test_every_example_is_run():
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
-        "signal_by_depth",
+        *("signal_by_depth", "edge_of_chaos"),
     }
