@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,24 @@ def test_networks_at_the_edge_of_chaos_have_the_spectra_predicted(tmp_path):
     assert means[0] < 0.3 < 0.6 < means[2] < 1.6 < 3 < means[4]
 
 
+def test_twin_example_shows_where_learning_leaves_the_lazy_regime(tmp_path):
+    output = run(EXAMPLES / "lazy_twin.py", tmp_path)
+    rows = re.findall(r"^ +(\d+) +(0\.\d+) +(0\.\d+) +(\d\.\d+)$", output, re.M)
+    assert [row[0] for row in rows] == ["0", "15", "30", "45", "60"]
+    assert rows[0][1] == rows[0][2]
+    assert rows[0][3] == "0.000"
+    assert float(rows[-1][1]) > float(rows[-1][2]) > 0.6  # chance is 10 %
+    scans = re.findall(r"^ +(\d+) +(\d+\.\d+) +(0\.\d+) +(0\.\d+)$", output, re.M)
+    scans = [[float(number) for number in row] for row in scans if row not in rows]
+    assert [row[0] for row in scans[-4:]] == [1, 4, 16, 64]
+    for narrow, wide in pairwise(scans[-3:]):
+        assert narrow[1] == pytest.approx(wide[1], rel=0.01)  # the function learns on
+        assert narrow[2] == pytest.approx(4 * wide[2], rel=0.03)
+        assert narrow[3] == pytest.approx(4 * wide[3], rel=0.03)
+    step = re.search(r"kernel by (\S+)%; foretold: (\S+)%$", output, re.MULTILINE)
+    assert float(step[1]) == pytest.approx(float(step[2]), rel=0.1)
+
+
 def code_lines(script):
     """Numbers of the lines that are neither blank, comment nor docstring."""
     text = script.read_text()
@@ -219,5 +238,5 @@ def test_every_example_is_run():
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
-        *("signal_by_depth", "edge_of_chaos"),
+        *("signal_by_depth", "edge_of_chaos", "lazy_twin"),
     }
