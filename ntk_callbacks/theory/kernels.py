@@ -210,7 +210,7 @@ def _mean_products(
 ) -> Tensor:
     """Mean over d of x[i, p] · y, whose own axes are named; exact where they agree."""
     # A derivative with a jump magnifies round-off near parallel inputs to its root,
-    # 1e-8: there the product is taken from the difference of the vectors.
+    # 1e-8: there the product is taken from the difference of the directions.
     out = "".join(sorted({"i", "p", *axes}))
     product = torch.einsum(f"ipd,{axes}d->{out}", x, y) / x.shape[-1]
     variances = []
@@ -219,13 +219,15 @@ def _mean_products(
         view = [variance.shape[names.index(a)] if a in names else 1 for a in out]
         variances.append(variance.reshape(view).expand(product.shape))
     left, right = variances
-    close = (left + right) - 2 * product.abs() < 1e-6 * (left + right)
+    scale = (left * right).sqrt()
+    close = scale - product.abs() < 1e-6 * scale
     if close.any():
         at = dict(zip(out, close.nonzero(as_tuple=True), strict=True))
         sign = product[close].sign()
-        gap = x[at["i"], at["p"]] - sign[:, None] * y[at[axes[0]], at[axes[1]]]
-        total = (left + right)[close] - gap.square().mean(-1)
-        product[close] = sign * total / 2
+        first = x[at["i"], at["p"]] / left[close].sqrt()[:, None]
+        second = y[at[axes[0]], at[axes[1]]] / (sign * right[close].sqrt())[:, None]
+        gap = (first - second).square().mean(-1)
+        product[close] = sign * scale[close] * (1 - gap / 2)
     return product
 
 

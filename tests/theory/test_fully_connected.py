@@ -333,9 +333,10 @@ def test_symmetric_to_the_last_bit_and_positive(activation):
         assert torch.allclose(kernel[-1], kernel[0], rtol=1e-12, atol=0)
 
 
-def test_parallel_inputs_lose_no_digits():
+@pytest.mark.parametrize("features", [10, 5000])
+def test_parallel_inputs_lose_no_digits(features):
     """ReLU without biases is homogeneous: Θ(x, s x) = s Θ(x, x) for s > 0."""
-    x = torch.randn(6, 10, dtype=torch.float64)
+    x = torch.randn(6, features, dtype=torch.float64)
     arguments = {"depth": 4, "activation": "relu", "sigma_w": ROOT2, "sigma_b": 0.0}
     own = fully_connected(x, **arguments).ntk.diagonal()
     for scale in (1.0, 0.3, 7.0):
