@@ -64,7 +64,7 @@ def pair_expectation(
     value, bound = series.pairs(first, second, cosine)
     hard = bound > _TOLERANCE * series.size(first, second)
     if hard.any():
-        plane = _Plane(phi, derivative, cuts_for(phi, distinct))
+        plane = Plane(phi, derivative, cuts_for(phi, distinct))
         # E φ(u) φ(v) is symmetric: so are the numbers, bit for bit, and half as many.
         low, high = torch.minimum(first, second), torch.maximum(first, second)
         size = series.size(low, high)
@@ -135,8 +135,8 @@ def _hermite_coefficients(
 
 
 @dataclass(frozen=True, slots=True)
-class _Plane:
-    """Iterated quadrature over u and over v given u."""
+class Plane:
+    """Iterated quadrature over u and over v given u, with its error looked at."""
 
     phi: Callable[[Tensor], Tensor]
     derivative: int

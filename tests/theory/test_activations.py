@@ -14,7 +14,9 @@ from ntk_callbacks.theory import (
     pair_moment,
 )
 from ntk_callbacks.theory.activations import ACTIVATIONS, elementwise
+from ntk_callbacks.theory.correlated import Plane
 from ntk_callbacks.theory.pieces import legendre_rule, smooth_pieces
+from ntk_callbacks.theory.quadrature import line_expectation
 
 # The same functions under names that bring no closed form.
 TWINS = {
@@ -342,6 +344,23 @@ def test_quadrature_rules_integrate_polynomials(count):
     for degree in range(2 * count):
         exact = 0 if degree % 2 else 2 / (degree + 1)
         assert (weights * nodes**degree).sum().item() == pytest.approx(exact, abs=1e-14)
+
+
+def test_panels_are_halved_until_two_rules_agree():
+    """No cuts tell of these oscillations: ½ + ½ cos 2az, and cos au cos av."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    cuts = torch.zeros(1, dtype=torch.float64)
+    found = line_expectation(lambda z, _: torch.cos(50 * z) ** 2, one, cuts)
+    assert found.item() == pytest.approx(0.5, abs=1e-9)
+    with pytest.raises(ValueError, match="expected 1e-09 or less"):
+        line_expectation(lambda z, _: torch.cos(1e4 * z) ** 2, one, cuts)
+
+    angle = [1 - 1e-3, math.sqrt(2e-3 - 1e-6)]
+    pair = torch.tensor([1, 1, *angle, 0.5], dtype=torch.float64)[:, None]
+    found = Plane(lambda x: torch.cos(40 * x), 0, cuts).expectation(*pair)
+    assert found.item() == pytest.approx(math.exp(-1.6) / 2, abs=1e-9)
+    with pytest.raises(ValueError, match=r"correlation 0\.999 is not found to 1e-09"):
+        Plane(lambda x: torch.cos(1e4 * x), 0, cuts).expectation(*pair)
 
 
 # What is refused.

@@ -270,6 +270,17 @@ def test_standard_parametrization_is_weights_by_width_and_biases_by_one():
     assert torch.equal(found.nngp, expected.nngp)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_model_in_standard_parametrization(bias):
+    """Θ = X Xᵀ, and 1 more with a bias, wherever the parameters are."""
+    layer = nn.Linear(4, 1, bias=bias).double()
+    for given in (bias, None) if not bias else (bias,):
+        network = dense(0.7, learning=Learning("standard", 4, bias=given))
+        found = infinite_width_kernels(network, X).ntk
+        expected = empirical_ntk(layer, X, outputs="trace")
+        assert torch.allclose(found, expected, rtol=0, atol=1e-14)
+
+
 class StandardCommittee(nn.Module):
     """S networks 4 -> 5 -> 1 in standard parametrization, summed and divided by √S."""
 
