@@ -188,9 +188,7 @@ class _WithGradient(torch.autograd.Function):
         tensors, split = ctx.saved_tensors, len(ctx.expansion.names)
         sources = tensors[split:] if any(ctx.needs_input_grad[2 + split :]) else []
         found = ctx.expansion.gradients(weights[0], tensors[:split], sources)
-        found += [None] * (len(tensors) - len(found))
-        pairs = zip(found, tensors, strict=True)
-        return None, None, *[None if g is None else g.to(t.dtype) for g, t in pairs]
+        return None, None, *found, *[None] * (len(tensors) - len(found))
 
 
 def _check_model(model: object) -> None:

@@ -328,6 +328,33 @@ def test_twins_can_be_copied_saved_moved_and_loaded(name):
     assert all(tensor.is_meta for tensor in elsewhere.state_dict().values())
 
 
+class Root(nn.Module):
+    """Parameters and buffers of the outermost module, which the twin shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 2))
+        self.register_buffer("scale", torch.rand(2))
+        self.register_buffer("shift", torch.rand(2), persistent=False)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight) * self.scale + self.shift
+
+
+def test_the_outermost_module_moves_and_loads_too():
+    model, x = Root(), vectors(3)
+    twin = linearize(model).double()
+    assert {t.dtype for t in twin.state_dict().values()} == {torch.float64}
+    assert torch.allclose(twin(x.double()), model.double()(x.double()))
+    names = {"weight", "scale", "linearization_point.weight"}
+    assert set(twin.state_dict()) == names
+    other = linearize(Root()).double()
+    displaced(other)
+    other.shift.copy_(twin.shift)
+    twin.load_state_dict(other.state_dict())
+    assert torch.equal(twin(x.double()), other(x.double()))
+
+
 def test_a_twin_can_be_pickled():
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.GRU(6, 3, batch_first=True))
     twin = linearize(model, output_fn=_first)

@@ -81,6 +81,7 @@ def test_running_statistics_of_both_networks_follow_their_batches():
 def test_only_the_first_network_trains_and_the_state_goes_round():
     model, x = BY_ID["mlp"].build()
     scaled = scale_output(model, 2.0)
+    assert not any(parameter.requires_grad for parameter in scaled.initial.parameters())
     adamw = torch.optim.AdamW(scaled.parameters(), 0.1, weight_decay=0.1)
     ((scaled(x) - 1) ** 2).sum().backward()
     adamw.step()
