@@ -1,6 +1,7 @@
 """One side of a kernel: a forward pass, and backward passes to its taps."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from ntk_callbacks.nested import batch_size
 
 class ChangedModelError(RuntimeError):
     """The model no longer does what it did when the plan was made."""
+
+
+_Held: TypeAlias = tuple[int, int, bool]
+"""Tap, slot, and whether rows were formed early."""
+
+
+def _held(term: Term, member: Member) -> _Held:
+    """Parameters that share a slot, as those of a weight norm, share what is held."""
+    return member.tap, member.slot, term.early
 
 
 class Side:
@@ -53,7 +63,8 @@ class Side:
         self.o = self.outputs.shape[1]
         self._places = places
         self._uses: dict[int, list[Use]] = {}
-        self._held: dict[tuple[int, int], list[Tensor]] = {}
+        self._held: dict[_Held, list[Tensor]] = {}
+        self._needed: dict[_Held, int] = {}
 
     def use(self, member: Member) -> Use:
         """How the gradients of a tap become rows of J."""
@@ -74,17 +85,18 @@ class Side:
             terms: Those that are contracted next.
             together: Whether the passes are made as one.
         """
-        forms: dict[int, dict[int, Callable[[Tensor], Tensor]]] = {}
+        forms: dict[int, dict[_Held, Callable[[Tensor], Tensor]]] = {}
         for term in terms:
             for member in term.members:
-                form = self._form(term, member)
-                forms.setdefault(member.tap, {})[member.slot] = form
+                place = _held(term, member)
+                forms.setdefault(member.tap, {})[place] = self._form(term, member)
+                self._needed[place] = self._needed.get(place, 0) + 1
         for gradients in self._passes(list(forms), together):
-            for tap, by_slot in reversed(forms.items()):
+            for own in reversed(forms.values()):
                 gradient = gradients.pop()  # freed before the next one is copied
-                for slot, form in by_slot.items():
+                for place, form in own.items():
                     found = form(gradient).detach()
-                    self._held.setdefault((tap, slot), []).append(found)
+                    self._held.setdefault(place, []).append(found)
 
     def _form(self, term: Term, member: Member) -> Callable[[Tensor], Tensor]:
         """What is held of a gradient until the term is contracted."""
@@ -114,7 +126,7 @@ class Side:
         for member in term.members:
             use = self.use(member)
             assert isinstance(use, Outer)
-            strand = Strand(use, self._held[member.tap, member.slot])
+            strand = Strand(use, self._held[_held(term, member)])
             found.append(strand.shortened() if term.sparse else strand)
         return found
 
@@ -124,7 +136,7 @@ class Side:
         for member in term.members:
             use = self.use(member)
             assert isinstance(use, Lookup)
-            found.append((use, torch.stack(self._held[member.tap, member.slot])))
+            found.append((use, torch.stack(self._held[_held(term, member)])))
         return found
 
     def rows(self, term: Term) -> Tensor:
@@ -149,16 +161,19 @@ class Side:
 
     def _rows_of(self, term: Term, member: Member) -> Tensor:
         """`(o, n, *shape of what the tap sees)`."""
-        held = self._held[member.tap, member.slot]
+        held = self._held[_held(term, member)]
         if not term.early:
             held = [self.use(member).rows(gradient) for gradient in held]
         return torch.stack(held)
 
     def forget(self, term: Term) -> None:
-        """Free the gradients of a term, and what came of them."""
+        """Free the gradients of a term that no other one needs."""
         for member in term.members:
             self._uses.pop(member.tap, None)
-            self._held.pop((member.tap, member.slot), None)
+            place = _held(term, member)
+            self._needed[place] -= 1
+            if not self._needed[place]:
+                del self._needed[place], self._held[place]
 
 
 def _pulled_back(source: Tensor, leaf: Tensor, rows: Tensor) -> Tensor:

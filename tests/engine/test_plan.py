@@ -736,3 +736,18 @@ def test_a_model_that_cannot_be_looked_into(net, x, where, monkeypatch):
     assert plan.coverage == plan.flops == 0
     ntk = empirical_ntk(net, x, route=plan)
     assert relative_error(ntk, ntk_by_loop(net, x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace"])
+def test_parameters_that_share_a_slot_share_its_gradients(fast_only, outputs):
+    """A weight norm makes one weight of two parameters: neither frees it too early."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 6))
+    model = nn.Sequential(normed, nn.Tanh(), nn.Linear(6, 2)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    plan = plan_ntk(model, x, outputs=outputs)
+    assert plan.coverage == 1
+    ntk = empirical_ntk(model, x, outputs=outputs, route=plan)
+    whole = ntk_by_loop(model, x)
+    if outputs == "trace":
+        whole = whole.diagonal(dim1=2, dim2=3).mean(2)
+    assert relative_error(ntk, whole) < TOLERANCE
