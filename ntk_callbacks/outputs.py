@@ -1,5 +1,6 @@
 """What a model returned, as the outputs `(n, c)` that are measured."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -26,20 +27,39 @@ def call_model(model: nn.Module, x: Inputs) -> Tensor:
 
     Raises:
         UnsupportedModelError: If the result is not one tensor, or the model has no
-            `forward`.
+            `forward` or one that takes other inputs.
+        TypeError: If the model itself raises one.
     """
     if type(model).forward in (nn.Module.forward, _lightning_forward(model)):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not define `forward`. Pass what to call, for "
             "example `output_fn=lambda module, x: module.net(x)`."
         )
-    if isinstance(x, Tensor):
-        result = model(x)
-    elif isinstance(x, Mapping):
-        result = model(**x)
-    else:
-        result = model(*x)
+    args = () if isinstance(x, Mapping) else (x,) if isinstance(x, Tensor) else x
+    kwargs = x if isinstance(x, Mapping) else {}
+    try:
+        result = model(*args, **kwargs)
+    except TypeError as error:
+        _explain(model, args, kwargs, error)
+        raise
     return _single_tensor(result, type(model).__name__)
+
+
+def _explain(model: nn.Module, args: Any, kwargs: Any, error: TypeError) -> None:
+    """An error that helps, if the inputs are not what `forward` takes."""
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:  # code that has none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        given = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} inputs"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward{signature} cannot be called with {given} "
+            f"({error}). Pass how to call it, for example "
+            "`output_fn=lambda model, x: model(x)`."
+        ) from error
 
 
 def _lightning_forward(model: nn.Module) -> Any:

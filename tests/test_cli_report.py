@@ -1,13 +1,9 @@
 """`ntk-report` as a user meets it: runs in, one page out, looked at in a browser."""
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from ntk_callbacks.cli_report import main, run_names
 from ntk_callbacks.record import Measurement
@@ -105,39 +101,6 @@ def test_names_are_different_for_different_folders():
 
 
 # The browser.
-
-
-def program(variable, *names):
-    """Path of the first program that is installed; an environment variable wins."""
-    return os.environ.get(variable) or next(
-        filter(None, map(shutil.which, names)), None
-    )
-
-
-CHROME = program("CHROME_BIN", "chromium", "chromium-browser", "google-chrome")
-DRIVER = program("CHROMEDRIVER", "chromedriver", "chromium.chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (CHROME and DRIVER):
-        pytest.skip("no Chrome or Chromium with its chromedriver is installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 SEEN = """

@@ -225,6 +225,33 @@ def test_a_record_of_many_tensors_is_told_by_its_fields():
         call_model(model, torch.zeros(3))
 
 
+class OfOneBatch(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+
+@pytest.mark.parametrize(
+    ("x", "given"),
+    [
+        ({"x": torch.ones(2, 3), "z": torch.ones(2)}, "the keywords x, z"),
+        ((torch.ones(2, 3), torch.ones(2)), "2 inputs"),
+    ],
+)
+def test_inputs_that_forward_does_not_take(x, given):
+    with pytest.raises(UnsupportedModelError, match=rf"with {given}.*output_fn"):
+        call_model(OfOneBatch(3, 1), x)
+    model = ModelFunction(
+        OfOneBatch(3, 1), output_fn=lambda model, x: model({"x": x["x"]})
+    )
+    assert model({}, {"x": torch.ones(2, 3)}).shape == (2, 1)
+
+
+def test_type_errors_of_the_model_itself_are_told_as_they_are():
+    model = Computed(lambda self, x: self.layer(x) + "no", layer=nn.Linear(3, 1))
+    with pytest.raises(TypeError, match=r"unsupported operand|must be Tensor"):
+        call_model(model, torch.ones(2, 3))
+
+
 def test_a_model_without_forward():
     with pytest.raises(UnsupportedModelError, match="output_fn=lambda"):
         call_model(nn.ModuleList([nn.Linear(2, 2)]), torch.zeros(1, 2))

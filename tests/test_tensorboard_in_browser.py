@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,12 +19,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from oracles import ntk_by_loop
 from PIL import Image
-from selenium import webdriver
 from selenium.common.exceptions import (
     StaleElementReferenceException,
     TimeoutException,
 )
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -289,44 +285,6 @@ def test_tensorboard_serves_the_heat_maps(server, run):
 
 
 # The browser.
-
-
-def program(variable, *names):
-    """Path of the first program that is installed; an environment variable wins."""
-    return os.environ.get(variable) or next(
-        filter(None, map(shutil.which, names)), None
-    )
-
-
-CHROME = program("CHROME_BIN", "chromium", "chromium-browser", "google-chrome")
-DRIVER = program("CHROMEDRIVER", "chromedriver", "chromium.chromedriver")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (CHROME and DRIVER):
-        pytest.skip("no Chrome or Chromium with its chromedriver is installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1400,1600",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-extensions",
-        "--disable-component-update",
-        "--disable-background-networking",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 # For every card of a page: its tag, and what is drawn in it. Dashboards hide both in

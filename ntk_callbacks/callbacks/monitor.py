@@ -10,9 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
 from ntk_callbacks.callbacks.history import History, MonitorHistory
-from ntk_callbacks.callbacks.precautions import mute as _mute
-from ntk_callbacks.callbacks.precautions import refuse_sharded as _refuse_sharded
-from ntk_callbacks.callbacks.precautions import stable_text
+from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_text
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
 from ntk_callbacks.errors import (
@@ -197,9 +195,9 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             return
         start = time.perf_counter()
         try:
-            _refuse_sharded(trainer)
+            refuse_sharded(trainer)
             with quietly(pl_module):
-                _mute(pl_module)
+                mute(pl_module)
                 if not self._started and self._source is not None:
                     probe = probe_of(trainer, self._source)
                     self.instrument.start(probe)
