@@ -146,14 +146,14 @@ class Probe:
                     f"Probe.from_loader: the data hold {len(drawn)} examples, fewer "
                     f"than the {n} asked for. Ask for at most {len(drawn)}."
                 )
-            return cls._from_batch(collate(drawn))
+            return cls.from_batch(collate(drawn))
 
     @classmethod
     def _balanced(cls, found: Iterator[Any], n: int, collate: Any) -> "Probe":
         """Equal shares of the classes, each the first examples of its class."""
         by_class: dict[int, list[Any]] = {}
         for sample in found:
-            target = cls._from_batch(collate([sample])).targets
+            target = cls.from_batch(collate([sample])).targets
             if target is None or target.is_floating_point() or target.numel() != 1:
                 raise ProbeError(
                     "Probe.from_loader: balanced=True needs one class index for each "
@@ -175,11 +175,26 @@ class Probe:
                     f"{len(kept)}. Ask for fewer."
                 )
             drawn += kept[:count]
-        return cls._from_batch(collate(drawn))
+        return cls.from_batch(collate(drawn))
 
     @classmethod
-    def _from_batch(cls, batch: Any) -> "Probe":
-        """Split a batch as loaders give it into inputs and targets."""
+    def from_batch(cls, batch: Any) -> "Probe":
+        """Split a batch as loaders give it into inputs and targets.
+
+        Args:
+            batch: `(x, y)`, a tensor, or a mapping with an obvious input key, as in
+                `from_loader`.
+
+        Returns:
+            Its examples, where they are.
+
+        Raises:
+            ProbeError: If it is none of these.
+
+        Example:
+            >>> Probe.from_batch({"image": torch.eye(2), "label": torch.arange(2)}).n
+            2
+        """
         if isinstance(batch, Tensor | PackedSequence):
             return cls(batch)
         if isinstance(batch, Mapping):

@@ -2,24 +2,22 @@
 
 from typing import Any
 
-import lightning.pytorch
-import pytorch_lightning
 from torch.optim import Optimizer
 
-from ntk_callbacks._types import Mode, OutputFunction, Params
+from ntk_callbacks._types import Mode, OutputFunction
 from ntk_callbacks.callbacks.ending import is_last_step
+from ntk_callbacks.callbacks.gradients import (
+    clipped_by_trainer,
+    skips_step,
+    unscaled_gradients,
+)
 from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
-from ntk_callbacks.callbacks.precautions import mute, refuse_sharded
+from ntk_callbacks.callbacks.precautions import refuse_sharded
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
-from ntk_callbacks.dynamics.optimizer_step import clipped_gradients
-from ntk_callbacks.errors import UnsupportedModelError
-from ntk_callbacks.guard import isolated_rng, quietly
-from ntk_callbacks.instruments.predicted_update import held_gradients
+from ntk_callbacks.guard import isolated_rng
 from ntk_callbacks.instruments.prediction import PredictionInstrument
-from ntk_callbacks.instruments.prediction_scores import ProbeLoss
-
-_CLIPPING = "configure_gradient_clipping"
+from ntk_callbacks.instruments.probe_loss import ProbeLoss
 
 
 class PredictionMonitor(Monitor):
@@ -120,20 +118,23 @@ class PredictionMonitor(Monitor):
 
         Gradients are accumulated, reduced and unscaled by now, but not clipped.
         """
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._failed or not (self._active(trainer) and self._is_due(trainer)):
             return
         try:
             refuse_sharded(trainer)
             with isolated_rng():  # copying what an optimizer holds may run any code
-                gradients = _unscaled(trainer, optimizer, pl_module)
-                if _skips(trainer, gradients):
+                gradients = unscaled_gradients(trainer, optimizer, pl_module)
+                if skips_step(trainer, gradients):
                     gradients = {}
                 self.instrument.predict(
                     pl_module,
                     optimizer,
                     self._step + 1,
                     gradients=gradients,
-                    applied=_clipped(trainer, pl_module, optimizer, gradients),
+                    applied=clipped_by_trainer(
+                        trainer, pl_module, optimizer, gradients
+                    ),
                 )
         except Exception as error:
             self._failed = error  # told when this update is measured
@@ -142,9 +143,7 @@ class PredictionMonitor(Monitor):
         """Whether the next update will be measured, as far as can be known."""
         ends_epoch = trainer.is_last_batch
         epoch = trainer.current_epoch + 1 if ends_epoch else None
-        if self.schedule.due(self._step + 1, epoch) or is_last_step(
-            trainer, ends_epoch
-        ):
+        if self.when.due(self._step + 1, epoch) or is_last_step(trainer, ends_epoch):
             return True
         steps = trainer.global_step + len(trainer.optimizers)
         return bool(trainer.max_steps != -1 and steps >= trainer.max_steps)
@@ -158,65 +157,3 @@ class PredictionMonitor(Monitor):
             self._scheduled_state = self.state_dict()
         self._measured = self._step
         self._skip(error)
-
-
-def _unscaled(trainer: Any, optimizer: Optimizer, pl_module: Any) -> Params:
-    """Gradients of the loss; fused optimizers unscale them while they step."""
-    gradients = held_gradients(pl_module, optimizer)
-    scaler = _scaler(trainer)
-    if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scale = scaler.get_scale()
-        gradients = {name: g / scale for name, g in gradients.items()}
-    return gradients
-
-
-def _skips(trainer: Any, gradients: Params) -> bool:
-    """Whether a gradient scaler will skip the step."""
-    if not _scaler(trainer):
-        return False
-    return not all(bool(g.isfinite().all()) for g in gradients.values())
-
-
-def _scaler(trainer: Any) -> Any:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _clipped(
-    trainer: Any, pl_module: Any, optimizer: Optimizer, gradients: Params
-) -> Params:
-    """The gradients as clipping will leave them, found on copies."""
-    if not pl_module.automatic_optimization:
-        return gradients  # the module clips them before it steps
-    limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    if not _clips_itself(pl_module):
-        if not limit:
-            return gradients
-        return clipped_gradients(
-            gradients, **{"max_value" if rule == "value" else "max_norm": limit}
-        )
-    if trainer.world_size > 1:
-        raise UnsupportedModelError(
-            f"PredictionMonitor: {type(pl_module).__name__}.{_CLIPPING} may wait for "
-            "other processes, but measurements run on one. Clip with "
-            "Trainer(gradient_clip_val=…), or train on one process to predict steps."
-        )
-    with quietly(pl_module):
-        mute(pl_module)
-        for name, gradient in gradients.items():
-            pl_module.get_parameter(name).grad = gradient.clone()
-        pl_module.configure_gradient_clipping(
-            optimizer, gradient_clip_val=limit, gradient_clip_algorithm=rule
-        )
-        return {
-            name: gradient.clone()
-            for name, gradient in held_gradients(pl_module, optimizer).items()
-        }
-
-
-def _clips_itself(pl_module: Any) -> bool:
-    """Whether the module overrides how Lightning clips, in either namespace."""
-    lightnings = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
-    return getattr(type(pl_module), _CLIPPING) not in [
-        getattr(kind, _CLIPPING) for kind in lightnings
-    ]

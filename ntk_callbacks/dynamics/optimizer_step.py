@@ -1,7 +1,5 @@
 """The step an optimizer is about to take, found without taking it."""
 
-import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +8,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ntk_callbacks._types import ParameterFilter, Params
+from ntk_callbacks.dynamics.optimizer_copy import (
+    optimizer_copy,
+    refuse_closures,
+    take_step,
+)
 from ntk_callbacks.functional import select_parameters
-from ntk_callbacks.guard import isolated_rng
 
 
 def predicted_step(
@@ -124,19 +126,10 @@ def side_step(
     """
     named = _trained(optimizer, model)
     found = _checked(gradients, model)
-    _refuse_closures(optimizer)
+    refuse_closures(optimizer)
     with torch.inference_mode(False), torch.no_grad():
         memo: dict[int, Any] = {}
-        try:
-            twin = copy.deepcopy(optimizer, memo)
-            # Optimizers pickle their groups and state; others keep more than that.
-            for key, value in vars(optimizer).items():
-                if key not in vars(twin):
-                    setattr(twin, key, copy.deepcopy(value, memo))
-        except Exception as error:
-            raise ValueError(
-                f"predicted_step: {type(optimizer).__name__} cannot be copied: {error}"
-            ) from error
+        twin = optimizer_copy(optimizer, memo)
         copies = {name: memo[id(parameter)] for name, parameter in named.items()}
         for group in twin.param_groups:
             for parameter in group["params"]:
@@ -145,7 +138,7 @@ def side_step(
             if name in found:
                 parameter.grad = found[name].detach().to(parameter, copy=True)
         try:
-            _step(twin, {parameter.device for parameter in copies.values()})
+            take_step(twin, {parameter.device for parameter in copies.values()})
         except Exception as error:
             raise ValueError(
                 f"predicted_step: a copy of {type(optimizer).__name__} with these "
@@ -153,15 +146,6 @@ def side_step(
             ) from error
         steps = {name: p.data - named[name].data for name, p in copies.items()}
     return {name: twin.state.get(p, {}) for name, p in copies.items()}, steps
-
-
-def _step(twin: Optimizer, devices: set[torch.device]) -> None:
-    """One step from the class, not the instance: schedulers and hooks sit around it."""
-    step = type(twin).step
-    if getattr(step, "hooked", False):
-        step = getattr(step, "__wrapped__", step)
-    with isolated_rng(devices):
-        step(twin)
 
 
 def _trained(optimizer: Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -196,13 +180,3 @@ def _checked(gradients: Mapping[str, Tensor] | None, model: nn.Module) -> Params
                 f"{tuple(parameters[name].shape)}."
             )
     return dict(gradients)
-
-
-def _refuse_closures(optimizer: Optimizer) -> None:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"predicted_step: {type(optimizer).__name__} evaluates the loss during its "
-            "step, which a gradient alone cannot predict. Expected an optimizer that "
-            "steps without a closure."
-        )

@@ -1,6 +1,5 @@
 """What a step of the optimizer should do to the probe, and what it did."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -13,7 +12,6 @@ from ntk_callbacks.engine.arguments import check_selection
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.errors import ProbeError
-from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.guard import measuring
 from ntk_callbacks.instruments.instrument import checked_name, numbers, one_of
 from ntk_callbacks.instruments.predicted_update import (
@@ -22,16 +20,19 @@ from ntk_callbacks.instruments.predicted_update import (
 )
 from ntk_callbacks.instruments.prediction_scores import (
     OutputChanges,
-    ProbeLoss,
-    are_labels,
     class_scores,
     loss_scores,
-    loss_value,
-    mean_cross_entropy,
     output_scores,
 )
+from ntk_callbacks.instruments.probe_loss import (
+    LossOfProbe,
+    ProbeLoss,
+    are_labels,
+    loss_value,
+    not_labels,
+    probe_outputs,
+)
 from ntk_callbacks.layout import widened
-from ntk_callbacks.outputs import call_model
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
@@ -101,7 +102,7 @@ class PredictionInstrument:
         self.mode: Mode = mode
         self.memory_budget = memory_budget
         self._changes: OutputChanges | None = None
-        self._warned = False
+        self._loss_of = LossOfProbe(loss_fn, "PredictionMonitor")
         self._probe: Probe | None = None
         self._pending: PredictedUpdate | None = None
 
@@ -188,7 +189,7 @@ class PredictionInstrument:
             pending = None
         found: dict[str, Tensor | float] = {}
         with measuring(model, self.mode):
-            after = self._outputs(model, self._probe)
+            after = probe_outputs(model, self._probe.inputs, self.output_fn)
             loss_fn, y = self._loss(self._probe, after)
             if loss_fn is not None:
                 found[f"{self.name}/loss"] = loss_value(loss_fn, after, y)
@@ -205,44 +206,13 @@ class PredictionInstrument:
                 self._changes = changes
         return Measurement(step, scalars=numbers(found))
 
-    def _outputs(self, model: nn.Module, probe: Probe) -> Tensor:
-        """The outputs in the shape that the model gives them, in float64."""
-        shapes: list[torch.Size] = []
-
-        def noted(module: nn.Module, x: Any) -> Tensor:
-            outputs = (self.output_fn or call_model)(module, x)
-            shapes.append(outputs.shape)
-            return outputs
-
-        with torch.no_grad():
-            function = ModelFunction(model, output_fn=noted)
-            flat = function({}, function.prepare(probe.inputs))
-        return widened(flat).view(shapes[-1])
-
     def _loss(self, probe: Probe, outputs: Tensor) -> tuple[ProbeLoss | None, Tensor]:
-        """The loss of the probe, None if there is none to take, and its targets."""
-        if probe.targets is None:
-            return None, outputs.new_empty(0)
-        y = probe.targets.to(outputs.device)
-        y = y.to(outputs.dtype) if y.is_floating_point() else y
-        if self.loss_fn is not None:
-            return self.loss_fn, y
-        if are_labels(y, outputs):
-            return mean_cross_entropy, y
-        found = (
-            f"PredictionMonitor: targets {tuple(y.shape)} of {y.dtype} for outputs "
-            f"{tuple(outputs.shape)} are no labels (n,) of logits (n, c)"
-        )
-        if self.per_class:
-            raise ProbeError(f"{found}, which per_class=True needs. Leave it out.")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{found}, so that the loss is not known and only outputs are "
-                "compared. Pass loss_fn=torch.nn.functional.mse_loss, or yours.",
-                stacklevel=3,
+        y = probe.targets
+        if self.per_class and y is not None and not are_labels(y, outputs):
+            raise ProbeError(
+                f"{not_labels(y, outputs)}, which per_class=True needs. Leave it out."
             )
-        return None, y
+        return self._loss_of.of(probe, outputs)
 
     def _compared(
         self, model: nn.Module, probe: Probe, pending: PredictedUpdate, after: Tensor
@@ -250,7 +220,7 @@ class PredictionInstrument:
         """Outputs before the step, and J there times both predicted steps."""
         for name, value in pending.before.items():
             model.get_parameter(name).data.copy_(value)
-        before = self._outputs(model, probe)
+        before = probe_outputs(model, probe.inputs, self.output_fn)
         with TangentOperator(
             model,
             probe.inputs,

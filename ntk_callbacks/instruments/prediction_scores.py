@@ -1,20 +1,13 @@
 """Predicted changes of a probe beside the real ones: the numbers of a prediction."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ntk_callbacks.errors import ProbeError
-
-ProbeLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""`(outputs (n, ...), targets (n, ...)) -> ()`, called in float64."""
-
-_IGNORED = -100  # the label that cross-entropy leaves out
+from ntk_callbacks.instruments.probe_loss import IGNORED, ProbeLoss, loss_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,61 +27,6 @@ class OutputChanges:
     actual: Float[Tensor, "n c"]
     optimizer: Float[Tensor, "n c"]
     gradient_flow: Float[Tensor, "n c"]
-
-
-def mean_cross_entropy(logits: Float[Tensor, "n c"], labels: Tensor) -> Tensor:
-    """Mean of −log softmax(f)[label] over the labeled examples."""
-    return cross_entropy(logits, labels.long(), ignore_index=_IGNORED)
-
-
-def are_labels(targets: Tensor, outputs: Tensor) -> bool:
-    """Whether the targets are class labels of these outputs.
-
-    Args:
-        targets: Targets of a probe.
-        outputs: `(n, ...)`.
-
-    Returns:
-        True for integers `(n,)` and outputs `(n, c)`, c ≥ 2.
-
-    Raises:
-        ProbeError: If one of such labels is no class of the outputs.
-    """
-    if targets.is_floating_point() or targets.ndim != 1:
-        return False
-    if outputs.ndim != 2 or outputs.shape[1] < 2:
-        return False
-    known, c = targets[targets != _IGNORED], outputs.shape[1]
-    if len(known) and not (known.min() >= 0 and known.max() < c):
-        raise ProbeError(
-            f"PredictionMonitor: labels from {known.min()} to {known.max()} for {c} "
-            f"outputs; expected 0 … {c - 1}. Pass the loss_fn that the targets are for."
-        )
-    return True
-
-
-def loss_value(loss_fn: ProbeLoss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of the probe.
-
-    Args:
-        loss_fn: Of outputs and targets.
-        outputs: In the shape of the model.
-        targets: As the probe has them, in the dtype of the outputs if real.
-
-    Returns:
-        A tensor of shape ().
-
-    Raises:
-        ValueError: If `loss_fn` returns something else.
-    """
-    loss = loss_fn(outputs, targets)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"PredictionMonitor: loss_fn returned {found}; expected one number as a "
-            "tensor, the mean over the probe for example."
-        )
-    return loss.reshape(())
 
 
 def output_scores(changes: OutputChanges) -> dict[str, Tensor]:
@@ -158,7 +96,7 @@ def class_scores(labels: Tensor, changes: OutputChanges) -> dict[str, Tensor]:
         `loss_change_gradient_flow/<label>` for the labels of the probe; over the labels
         they add up to the numbers of `loss_scores`.
     """
-    known = labels != _IGNORED
+    known = labels != IGNORED
     y = labels[known].long()
     f = changes.outputs[known]
     actual, by_optimizer, by_flow = (

@@ -1,0 +1,109 @@
+"""The gradients that the optimizer of a Lightning run is about to see."""
+
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning
+from torch.optim import Optimizer
+
+from ntk_callbacks._types import Params
+from ntk_callbacks.callbacks.precautions import mute
+from ntk_callbacks.dynamics.optimizer_step import clipped_gradients
+from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.guard import quietly
+from ntk_callbacks.instruments.predicted_update import held_gradients
+
+_CLIPPING = "configure_gradient_clipping"
+
+
+def unscaled_gradients(trainer: Any, optimizer: Optimizer, pl_module: Any) -> Params:
+    """Gradients of the loss; fused optimizers unscale them while they step.
+
+    Args:
+        trainer: The trainer, before the step.
+        optimizer: About to step.
+        pl_module: Whose gradients are held.
+
+    Returns:
+        Parameter name -> gradient, before clipping.
+    """
+    gradients = held_gradients(pl_module, optimizer)
+    scaler = _scaler(trainer)
+    if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scale = scaler.get_scale()
+        gradients = {name: g / scale for name, g in gradients.items()}
+    return gradients
+
+
+def skips_step(trainer: Any, gradients: Params) -> bool:
+    """Whether a gradient scaler will skip the step.
+
+    Args:
+        trainer: The trainer.
+        gradients: Of the step.
+
+    Returns:
+        False wherever there is no scaler.
+    """
+    if not _scaler(trainer):
+        return False
+    return not all(bool(g.isfinite().all()) for g in gradients.values())
+
+
+def _scaler(trainer: Any) -> Any:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def clipped_by_trainer(
+    trainer: Any, pl_module: Any, optimizer: Optimizer, gradients: Params
+) -> Params:
+    """The gradients as clipping will leave them, found on copies.
+
+    Args:
+        trainer: Says how it clips.
+        pl_module: May clip in its own way.
+        optimizer: About to step.
+        gradients: Parameter name -> gradient; not of this module, perhaps, but of one
+            with the same parameters.
+
+    Returns:
+        New tensors, or the same ones where nothing is clipped.
+
+    Raises:
+        UnsupportedModelError: If the module clips in its own way on several processes.
+    """
+    if not pl_module.automatic_optimization:
+        return gradients  # the module clips them before it steps
+    limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if not _clips_itself(pl_module):
+        if not limit:
+            return gradients
+        return clipped_gradients(
+            gradients, **{"max_value" if rule == "value" else "max_norm": limit}
+        )
+    if trainer.world_size > 1:
+        raise UnsupportedModelError(
+            f"{type(pl_module).__name__}.{_CLIPPING} may wait for "
+            "other processes, but measurements run on one. Clip with "
+            "Trainer(gradient_clip_val=…), or train on one process to predict steps."
+        )
+    with quietly(pl_module):
+        mute(pl_module)
+        for name, gradient in gradients.items():
+            pl_module.get_parameter(name).grad = gradient.clone()
+        pl_module.configure_gradient_clipping(
+            optimizer, gradient_clip_val=limit, gradient_clip_algorithm=rule
+        )
+        return {
+            name: gradient.clone()
+            for name, gradient in held_gradients(pl_module, optimizer).items()
+        }
+
+
+def _clips_itself(pl_module: Any) -> bool:
+    """Whether the module overrides how Lightning clips, in either namespace."""
+    lightnings = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
+    return getattr(type(pl_module), _CLIPPING) not in [
+        getattr(kind, _CLIPPING) for kind in lightnings
+    ]
