@@ -16,6 +16,7 @@ from ntk_callbacks.dynamics.modes import Eigenmodes, eigenmodes, learning_times
 from ntk_callbacks.dynamics.one_step import LossChange, loss_change, output_change
 from ntk_callbacks.dynamics.optimizer_scaling import optimizer_scaling
 from ntk_callbacks.dynamics.optimizer_step import clipped_gradients, predicted_step
+from ntk_callbacks.dynamics.parameter_distance import parameter_distance
 from ntk_callbacks.dynamics.regression import kernel_regression
 from ntk_callbacks.dynamics.scale_output import ScaledModel, scale_output
 from ntk_callbacks.dynamics.stability import (
@@ -49,6 +50,7 @@ __all__ = [
     "nngp_posterior",
     "optimizer_scaling",
     "output_change",
+    "parameter_distance",
     "predicted_step",
     "scale_output",
 ]

@@ -7,9 +7,13 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ntk_callbacks.dynamics.function_space import Times, kernel_matrix, moments
+from ntk_callbacks.dynamics.function_space import (
+    Times,
+    finite,
+    kernel_matrix,
+    moments,
+)
 from ntk_callbacks.dynamics.modes import Eigenmodes, spectrum
-from ntk_callbacks.layout import widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +171,11 @@ def _root(who: str, name: str, kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _targets(who: str, y: Tensor, kernel: Tensor) -> Tensor:
-    targets = widened(y.detach()).to(kernel.device)
-    if not 0 < len(targets) <= len(kernel):
+    targets = finite(who, "y", y).to(kernel.device)
+    if targets.ndim not in (1, 2) or not 0 < len(targets) <= len(kernel):
         raise ValueError(
-            f"{who}: {len(targets)} targets for kernels on {len(kernel)} points; "
-            "expected the kernels on the training points followed by any others."
+            f"{who}: targets of shape {tuple(y.shape)} for kernels on {len(kernel)} "
+            "points; expected (n,) or (n, c), and the kernels on these n training "
+            "points followed by any others."
         )
-    if not targets.isfinite().all():
-        raise ValueError(f"{who}: y has entries that are not finite.")
     return targets

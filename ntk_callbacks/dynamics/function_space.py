@@ -80,7 +80,7 @@ class FunctionSpace:
                 f"{tuple(f0.shape)}; expected (n, n, c, c) or (n·c, n·c) with outputs "
                 "(n, c), or (n, n) for outputs that share one kernel."
             )
-        f0_columns = _finite(who, "f0", f0).to(matrix.device).reshape(m, -1)
+        f0_columns = finite(who, "f0", f0).to(matrix.device).reshape(m, -1)
         k = f0_columns.shape[1]
         if (ntk_test is None) != (f0_test is None):
             raise ValueError(
@@ -90,7 +90,7 @@ class FunctionSpace:
         if ntk_test is None or f0_test is None:
             cross, start = matrix.new_zeros(0, m), matrix.new_zeros(0, k)
         else:
-            cross = _finite(who, "ntk_test", as_matrix(ntk_test)).to(matrix.device)
+            cross = as_matrix(finite(who, "ntk_test", ntk_test)).to(matrix.device)
             if cross.shape[1] != m or f0_test.numel() != cross.shape[0] * k:
                 raise ValueError(
                     f"{who}: ntk_test has shape {tuple(ntk_test.shape)} with f0_test "
@@ -98,7 +98,7 @@ class FunctionSpace:
                     f"{tuple(f0.shape)}; expected Θ(test, train) with {m} columns as a "
                     f"matrix, and {k} number(s) of f0_test for each of its rows."
                 )
-            start = _finite(who, "f0_test", f0_test).to(matrix.device)
+            start = finite(who, "f0_test", f0_test).to(matrix.device)
             start = start.reshape(len(cross), k)
         return cls(
             matrix,
@@ -141,9 +141,11 @@ def kernel_matrix(who: str, ntk: Tensor) -> Float[Tensor, "m m"]:
         it, see `check_positive`.
 
     Raises:
-        ValueError: If it is not square, finite and symmetric up to round-off.
+        ValueError: If it is not real, square, finite and symmetric up to round-off.
     """
-    matrix = _finite(who, "ntk", as_matrix(ntk))
+    if not ntk.is_floating_point():
+        raise ValueError(f"{who}: ntk is of {ntk.dtype}, expected real floating point.")
+    matrix = as_matrix(finite(who, "ntk", ntk))
     if matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(
             f"{who}: ntk has shape {tuple(ntk.shape)}; expected the kernel of at least "
@@ -192,8 +194,13 @@ def float64(numbers: float | Sequence[float] | Tensor) -> Tensor:
     return torch.as_tensor(numbers, dtype=torch.float64)
 
 
-def _finite(who: str, argument: str, tensor: Tensor) -> Tensor:
+def finite(who: str, argument: str, tensor: Tensor) -> Tensor:
+    """The same numbers in float64; a ValueError if they are complex or not finite."""
+    if tensor.is_complex():
+        raise ValueError(f"{who}: {argument} is complex, expected real numbers.")
     wide = widened(tensor.detach())
     if not wide.isfinite().all():
-        raise ValueError(f"{who}: {argument} has entries that are not finite.")
+        raise ValueError(
+            f"{who}: {argument} has entries that are not finite, expected numbers."
+        )
     return wide

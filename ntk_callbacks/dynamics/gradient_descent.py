@@ -170,7 +170,9 @@ def _by_steps(
 
 
 def _counts(steps: Steps) -> tuple[list[int], bool]:
-    counts = torch.as_tensor(steps if isinstance(steps, int | Tensor) else list(steps))
+    counts = torch.as_tensor(
+        steps if isinstance(steps, int | float | Tensor) else list(steps)
+    )
     whole = not counts.is_floating_point() or not counts.numel()
     if counts.ndim > 1 or not whole or (counts < 0).any():
         raise ValueError(

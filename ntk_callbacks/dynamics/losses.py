@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from ntk_callbacks.layout import widened
+from ntk_callbacks.dynamics.function_space import finite
 
 LossName: TypeAlias = Literal["mse", "cross_entropy"]
 
@@ -36,14 +36,15 @@ def loss_gradient(
         ∇_f L in float64, of the shape of `f`.
 
     Raises:
-        ValueError: If the loss is unknown or the targets do not fit.
+        ValueError: If the loss is unknown, the targets do not fit, or something is
+            not finite.
 
     Example:
         >>> loss_gradient(torch.zeros(1, 2), torch.tensor([1]), loss="cross_entropy")
         tensor([[ 0.5000, -0.5000]], dtype=torch.float64)
     """
     part = loss_named("loss_gradient", loss)
-    outputs = widened(f.detach())
+    outputs = finite("loss_gradient", "f", f)
     return part.gradient(outputs, part.targets("loss_gradient", outputs, y))
 
 
@@ -77,10 +78,7 @@ def _values(who: str, f: Tensor, y: Tensor) -> Tensor:
             f"{tuple(y.shape)}; expected the same shape"
             f"{'' if y.is_floating_point() else hint}."
         )
-    targets = widened(y.detach()).to(f.device)
-    if not targets.isfinite().all():
-        raise ValueError(f"{who}: the targets are not finite.")
-    return targets
+    return finite(who, "y", y).to(f.device)
 
 
 def _probabilities(who: str, f: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ def _probabilities(who: str, f: Tensor, y: Tensor) -> Tensor:
             f"{who}: targets of shape {tuple(y.shape)} and {y.dtype} for logits "
             f"{(n, c)}; expected integer labels ({n},) or probabilities {(n, c)}."
         )
-    targets = widened(y.detach()).to(f.device)
+    targets = finite(who, "y", y).to(f.device)
     # Probabilities in float32 add up to 1 within its round-off only.
     if not ((targets >= 0).all() and (targets.sum(1) - 1).abs().le(1e-5).all()):
         raise ValueError(f"{who}: target probabilities must be ≥ 0 and add up to 1.")

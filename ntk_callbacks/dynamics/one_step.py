@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from ntk_callbacks.dynamics.function_space import finite
 from ntk_callbacks.dynamics.losses import LossName, loss_named
-from ntk_callbacks.layout import as_matrix, widened
+from ntk_callbacks.layout import as_matrix
 
 Split: TypeAlias = Literal["example", "output"] | Tensor | None
 
@@ -40,7 +41,8 @@ def output_change(
         matrix, `(rows, c)` for a shared one.
 
     Raises:
-        ValueError: If the kernel does not act on the gradient, or η is negative.
+        ValueError: If the kernel does not act on the gradient, η is negative, or
+            something is not finite.
 
     Example:
         >>> output_change(torch.eye(2), torch.tensor([1.0, -2.0]), learning_rate=0.5)
@@ -51,8 +53,8 @@ def output_change(
             f"output_change: learning_rate={learning_rate}; expected a finite number "
             "≥ 0."
         )
-    matrix = widened(as_matrix(ntk).detach())
-    g = widened(gradient.detach()).to(matrix.device)
+    matrix = as_matrix(finite("output_change", "ntk", ntk))
+    g = finite("output_change", "gradient", gradient).to(matrix.device)
     if g.numel() == matrix.shape[1]:
         change = -learning_rate * (matrix @ g.reshape(-1))
         return change.view(ntk.shape[0], ntk.shape[-1]) if ntk.ndim > 2 else change
@@ -117,7 +119,8 @@ def loss_change(
         numbers that add up to it.
 
     Raises:
-        ValueError: If shapes do not fit or `by` is none of these.
+        ValueError: If shapes do not fit, something is not finite, or `by` is none of
+            these.
 
     Example:
         >>> f, y = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
@@ -126,7 +129,7 @@ def loss_change(
     """
     who = "loss_change"
     part = loss_named(who, loss)
-    outputs, delta = widened(f.detach()), widened(change.detach())
+    outputs, delta = finite(who, "f", f), finite(who, "change", change)
     targets = part.targets(who, outputs, y)
     if delta.shape != outputs.shape:
         raise ValueError(

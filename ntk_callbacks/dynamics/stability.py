@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Kernel
-from ntk_callbacks.layout import as_matrix, widened
+from ntk_callbacks.dynamics.function_space import check_positive, kernel_matrix
 
 
 def max_learning_rate(
@@ -26,11 +26,11 @@ def max_learning_rate(
         nesterov: Nesterov's momentum instead of the heavy ball.
 
     Returns:
-        Learning rate in (0, ∞], float64; infinite if the kernel is zero, NaN if it
-        is not finite.
+        Learning rate in (0, ∞], float64; infinite if the kernel is zero.
 
     Raises:
-        ValueError: If the momentum is outside [0, 1).
+        ValueError: If the kernel is not finite, symmetric and positive semi-definite
+            up to round-off, or the momentum is outside [0, 1).
 
     Example:
         >>> max_learning_rate(torch.diag(torch.tensor([4.0, 1.0])))
@@ -40,11 +40,8 @@ def max_learning_rate(
         Lee et al. 2019, arXiv:1902.06720; Cohen et al. 2021, arXiv:2103.00065
         (momentum).
     """
-    matrix = widened(as_matrix(ntk))
-    if not matrix.isfinite().all():
-        return matrix.new_tensor(torch.nan)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
-    return learning_rate_limit(eigenvalues[-1], momentum=momentum, nesterov=nesterov)
+    largest = _eigenvalues("max_learning_rate", ntk)[0]
+    return learning_rate_limit(largest, momentum=momentum, nesterov=nesterov)
 
 
 def learning_rate_limit(
@@ -87,10 +84,11 @@ def contraction_factors(
 
     Returns:
         m factors ≥ 0 in float64, in the order of descending eigenvalues; 1 where the
-        eigenvalue is zero, NaN if the kernel is not finite.
+        eigenvalue is zero.
 
     Raises:
-        ValueError: If the momentum or the learning rate is out of range.
+        ValueError: If the momentum or the learning rate is out of range, or the kernel
+            is not finite, symmetric and positive semi-definite up to round-off.
 
     Example:
         >>> contraction_factors(torch.diag(torch.tensor([4.0, 1.0])), learning_rate=0.5)
@@ -100,20 +98,7 @@ def contraction_factors(
         Polyak 1964, "Some methods of speeding up the convergence of iteration methods";
         Cohen et al. 2021, arXiv:2103.00065, appendix B.
     """
-    check_momentum(momentum)
-    if not 0 <= learning_rate < torch.inf:
-        raise ValueError(
-            f"contraction_factors: learning_rate={learning_rate}; expected ≥ 0."
-        )
-    matrix = widened(as_matrix(ntk))
-    if not matrix.isfinite().all():
-        return matrix.new_full((len(matrix),), torch.nan)
-    left = 1 - learning_rate * torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
-    half = (left + momentum * (left if nesterov else 1)) / 2
-    product = momentum * (left if nesterov else torch.ones_like(left))
-    discriminant = half**2 - product
-    real = half.abs() + discriminant.clamp(min=0).sqrt()
-    return torch.where(discriminant < 0, product.abs().sqrt(), real)
+    return _factors("contraction_factors", ntk, learning_rate, momentum, nesterov)
 
 
 def learning_steps(
@@ -141,7 +126,8 @@ def learning_steps(
         where training does not converge.
 
     Raises:
-        ValueError: If the fraction, the momentum or the learning rate is out of range.
+        ValueError: If the fraction, the momentum or the learning rate is out of range,
+            or the kernel is not finite, symmetric and positive semi-definite.
 
     Example:
         >>> ntk = torch.diag(torch.tensor([1.0, 0.5]))
@@ -150,11 +136,30 @@ def learning_steps(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"learning_steps: fraction={fraction}; expected in (0, 1).")
-    factors = contraction_factors(
-        ntk, learning_rate=learning_rate, momentum=momentum, nesterov=nesterov
-    )
+    factors = _factors("learning_steps", ntk, learning_rate, momentum, nesterov)
     steps = math.log(fraction) / factors.log()
-    return torch.where(factors < 1, steps, torch.inf).where(~factors.isnan(), torch.nan)
+    return torch.where(factors < 1, steps, torch.inf)
+
+
+def _factors(
+    who: str, ntk: Tensor, learning_rate: float, momentum: float, nesterov: bool
+) -> Float[Tensor, " m"]:
+    check_momentum(momentum)
+    if not 0 <= learning_rate < torch.inf:
+        raise ValueError(f"{who}: learning_rate={learning_rate}; expected ≥ 0.")
+    left = 1 - learning_rate * _eigenvalues(who, ntk)
+    half = (left + momentum * (left if nesterov else 1)) / 2
+    product = momentum * (left if nesterov else torch.ones_like(left))
+    discriminant = half**2 - product
+    real = half.abs() + discriminant.clamp(min=0).sqrt()
+    return torch.where(discriminant < 0, product.abs().sqrt(), real)
+
+
+def _eigenvalues(who: str, ntk: Tensor) -> Float[Tensor, " m"]:
+    """Descending, those that are negative by round-off as zeros."""
+    values: Tensor = torch.linalg.eigvalsh(kernel_matrix(who, ntk))
+    check_positive(who, values[0], values[-1], torch.finfo(ntk.dtype).eps)
+    return values.flip(0).clamp(min=0)
 
 
 def check_momentum(momentum: float) -> None:

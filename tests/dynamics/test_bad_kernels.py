@@ -1,5 +1,6 @@
 """Kernels, outputs and times that cannot be: an error that says what was expected."""
 
+import inspect
 import math
 
 import pytest
@@ -14,6 +15,11 @@ from ntk_callbacks.dynamics import (
     kernel_regression,
     learning_steps,
     learning_times,
+    loss_change,
+    loss_gradient,
+    max_learning_rate,
+    output_change,
+    parameter_distance,
 )
 
 Y = torch.tensor([1.0, -1.0])
@@ -41,6 +47,10 @@ FUNCTIONS = {
     ),
     "eigenmodes": eigenmodes,
     "learning_times": learning_times,
+    "max_learning_rate": max_learning_rate,
+    "contraction_factors": lambda ntk: contraction_factors(ntk, learning_rate=0.1),
+    "learning_steps": lambda ntk: learning_steps(ntk, learning_rate=0.1),
+    "parameter_distance": lambda ntk: parameter_distance(ntk, 0 * Y, Y),
     "early_stopping_time": lambda ntk: early_stopping_time(
         ntk, 0 * Y, Y, ntk_test=torch.eye(2), f0_test=0 * Y, y_test=Y
     ),
@@ -69,6 +79,37 @@ def test_round_off_is_forgiven(name):
     ntk = torch.ones(2, 2)
     ntk[0, 1] += 3e-7
     FUNCTIONS[name](ntk)
+
+
+# Without the type checks of this test run, as a user calls it.
+BARE = {
+    name: inspect.unwrap(function)
+    for name, function in {
+        "eigenmodes": eigenmodes,
+        "learning_times": learning_times,
+        "max_learning_rate": max_learning_rate,
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_kernels_of_other_kinds_of_numbers(name):
+    with pytest.raises(ValueError, match=f"{name}: ntk is of torch.complex64"):
+        BARE[name](torch.eye(2) * 1j)
+    with pytest.raises(
+        ValueError, match=f"{name}: ntk is of torch.int64, expected real"
+    ):
+        BARE[name](torch.eye(2).long())
+
+
+def test_outputs_and_targets_that_are_complex():
+    flow, phased = inspect.unwrap(gradient_flow), Y * 1j
+    with pytest.raises(ValueError, match="f0 is complex"):
+        flow(torch.eye(2), phased, Y, 1.0)
+    with pytest.raises(ValueError, match="y is complex"):
+        flow(torch.eye(2), Y, phased, 1.0)
+    with pytest.raises(ValueError, match="ntk_test is complex"):
+        flow(torch.eye(2), Y, Y, 1.0, ntk_test=torch.eye(2) * 1j, f0_test=Y)
 
 
 SHAPES = {
@@ -131,7 +172,7 @@ NUMBERS = {
     "a matrix of times": (lambda: flow(torch.ones(2, 2)), "list of times"),
     "no targets": (
         lambda: gradient_flow(torch.eye(2), 0 * Y, Y * math.nan, 1.0),
-        "targets are not finite",
+        "y has entries that are not finite",
     ),
     "no outputs": (
         lambda: gradient_flow(torch.eye(2), Y * math.nan, Y, 1.0),
@@ -142,6 +183,20 @@ NUMBERS = {
             torch.eye(2), torch.zeros(2, 2), labels(), math.inf, loss="cross_entropy"
         ),
         "expected finite times",
+    ),
+    "no gradient": (lambda: loss_gradient(Y * math.nan, Y), "f has entries"),
+    "no change": (
+        lambda: loss_change(Y[:, None], Y[:, None], Y[:, None] * math.inf),
+        "change has entries",
+    ),
+    "no kernel between": (
+        lambda: output_change(torch.eye(2) * math.nan, Y),
+        "ntk has entries",
+    ),
+    "no step": (lambda: output_change(torch.eye(2), Y * math.nan), "gradient has ent"),
+    "negative time to move": (
+        lambda: parameter_distance(torch.eye(2), Y, Y, -1.0),
+        "times ≥ 0",
     ),
     "negative rate": (lambda: descent(learning_rate=-0.1), "number ≥ 0"),
     "no rate": (lambda: descent(learning_rate=math.nan), "number ≥ 0"),

@@ -229,7 +229,10 @@ def not_positive():
         (lambda k, y: ensemble(not_positive(), k, y, 1.0), r"ensemble \(nngp\)"),
         (lambda k, y: ensemble(k, not_positive(), y, 1.0), r"ensemble \(ntk\)"),
         (lambda k, y: ensemble(k, k, y, -1.0), "times ≥ 0"),
-        (lambda k, _: ensemble(k, k, torch.ones(3).double(), 1.0), "3 targets"),
+        (
+            lambda k, _: ensemble(k, k, torch.ones(3).double(), 1.0),
+            r"shape \(3,\) for kernels on 2 points",
+        ),
         (lambda k, y: ensemble(k, k, y * torch.nan, 1.0), "y has entries"),
         (lambda k, y: ensemble(k * torch.nan, k, y, 1.0), "not finite"),
         (lambda k, y: nngp_posterior(k, y, noise=-1.0), "finite variance"),
