@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ntk_callbacks import dynamics, metrics, theory
+from ntk_callbacks.callbacks.as_schedule import capped, either
+from ntk_callbacks.callbacks.events import learning_rate_change, loss_spike
 from ntk_callbacks.callbacks.schedule import at, every, log_spaced
 from ntk_callbacks.dynamics import optimizer_scaling
 from ntk_callbacks.engine.density import spectral_density
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
     from ntk_callbacks.callbacks.kernel import NTKMonitor
     from ntk_callbacks.callbacks.parameters import ParameterDriftMonitor
+    from ntk_callbacks.callbacks.passive import assert_passive
     from ntk_callbacks.callbacks.prediction import PredictionMonitor
     from ntk_callbacks.callbacks.signal import SignalMonitor
 
@@ -39,14 +42,19 @@ __all__ = [
     "SignalMonitor",
     "TangentOperator",
     "as_matrix",
+    "assert_passive",
     "at",
+    "capped",
     "dynamics",
+    "either",
     "empirical_ntk",
     "every",
     "input_jacobian",
     "input_singular_values",
+    "learning_rate_change",
     "load_history",
     "log_spaced",
+    "loss_spike",
     "metrics",
     "optimizer_scaling",
     "plan_ntk",
@@ -65,6 +73,7 @@ _LAZY = {
     "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
     "PredictionMonitor": "ntk_callbacks.callbacks.prediction",
     "SignalMonitor": "ntk_callbacks.callbacks.signal",
+    "assert_passive": "ntk_callbacks.callbacks.passive",
 }
 
 

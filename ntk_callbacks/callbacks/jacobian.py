@@ -1,8 +1,10 @@
 """JacobianMonitor: singular values of the input-output Jacobian while training."""
 
 from ntk_callbacks._types import Mode, OutputFunction
+from ntk_callbacks.callbacks.as_schedule import Every
+from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.history import History
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 

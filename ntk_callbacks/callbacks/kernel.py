@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.as_schedule import Every
+from ntk_callbacks.callbacks.failures import OnError
+from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.kernel import KernelInstrument, NTKOptions
 from ntk_callbacks.instruments.kernel_view import KernelMetric

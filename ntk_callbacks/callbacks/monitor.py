@@ -1,35 +1,26 @@
 """The Lightning shell around an instrument: when it measures, and what if it fails."""
 
+import math
 import time
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import lightning.pytorch
 import pytorch_lightning
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
+from ntk_callbacks.callbacks.as_schedule import Every, as_schedule
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
+from ntk_callbacks.callbacks.failures import Failures, OnError
 from ntk_callbacks.callbacks.history import History, MonitorHistory
 from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_text
 from ntk_callbacks.callbacks.probe_source import probe_of
-from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
-from ntk_callbacks.errors import (
-    MemoryBudgetError,
-    ProbeError,
-    ProbeMismatchError,
-    UnsupportedModelError,
-)
+from ntk_callbacks.callbacks.when import When
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.instrument import Instrument, monitor_tag
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 from ntk_callbacks.reporting.loggers import report
-
-Every: TypeAlias = int | str | Schedule | Callable[[int], bool]
-OnError: TypeAlias = Literal["warn", "raise"]
-
-_REFUSALS = (MemoryBudgetError, ProbeError, ProbeMismatchError, UnsupportedModelError)
-_PATIENCE = 3  # failures in a row after which a monitor steps aside for good
 
 
 # Both bases, so that trainers of either namespace accept a monitor alone or in a list;
@@ -67,12 +58,10 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         keep_matrices: bool = False,
     ) -> None:
         super().__init__()
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error={on_error!r}; expected 'warn' or 'raise'.")
+        self.failures = Failures(self._who, on_error)
         self.instrument = instrument
         self._pristine = instrument.state_dict()
-        self.schedule = as_schedule(every)
-        self.on_error = on_error
+        self.when = When(as_schedule(every), self._who)
         self.history: list[tuple[int, dict[str, float]]] = []
         """(step, {tag: value}) of every measurement of this run."""
         self._source = probe
@@ -84,14 +73,13 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
     def _reset(self) -> None:
         self.history.clear()
         self._kept.restart()
+        self.when.restart()
+        self.failures.restart()
         self._step = 0
         self._measured = self._previous = -1
         self._seen = 0
         self._started = False
-        self._failures = 0
-        self._off = False
         self._restored = False
-        self._complained: set[str] = set()
         # The state before a final measurement off schedule: what a checkpoint keeps,
         # so that a resumed run draws the curves of an unbroken one.
         self._scheduled_state: dict[str, Any] | None = None
@@ -101,7 +89,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
     def state_key(self) -> str:
         """Names the state in checkpoints; differs between differing monitors."""
         return self._generate_state_key(
-            every=self.schedule.text, settings=self._settings
+            every=self.when.schedule.text, settings=self._settings
         )
 
     # When ---------------------------------------------------------------------------
@@ -136,6 +124,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             self._reset()
             self.instrument.load_state_dict(self._pristine)
         self._trainer, self._restored = id(trainer), False
+        self.when.start_clock()
         self._seen = trainer.global_step
         if self._measured < 0:
             self._step = trainer.global_step
@@ -145,6 +134,20 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                     f"References are taken now, after {self._step} updates."
                 )
             self._measure(trainer, pl_module)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Note the loss, if the schedule asks for it."""
+        if self._active(trainer):
+            self.when.note_loss(self._step + 1, loss)
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Optimizer
+    ) -> None:
+        """Note learning rates, if the schedule asks for them."""
+        if self.when.schedule.events and self._active(trainer):
+            groups = [g for o in trainer.optimizers for g in o.param_groups]
+            rates = [float(group.get("lr", math.nan)) for group in groups]
+            self.when.note_update(self._step + 1, rates)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -180,7 +183,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         if self._measured == self._step:
             return
         epoch = trainer.current_epoch + 1 if ends_epoch else None
-        if self.schedule.due(self._step, epoch):
+        if self.when.due(self._step, epoch):
             self._measure(trainer, pl_module)
         elif is_last_step(trainer, ends_epoch):
             self._measure(trainer, pl_module, scheduled=False)
@@ -205,49 +208,25 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                 self._started = True
                 measurement = self.instrument.measure(pl_module, self._step)
         except Exception as error:
-            self._skip(error)
+            self.failures.skip(error, self._step)
             return
-        self._failures = 0
+        self.failures.none()
         # Not in the history: a resumed run could not repeat it.
         self.history.append((measurement.step, dict(measurement.scalars)))
         tag = monitor_tag("seconds", self.instrument.name)
         measurement.scalars[tag] = time.perf_counter() - start
         self._report(trainer, pl_module, measurement)
+        self.when.spent(time.perf_counter() - start)
 
     def _report(self, trainer: Any, pl_module: Any, measurement: Measurement) -> None:
         failures = report(measurement, trainer.loggers)
         failures += self._kept.keep(
             measurement, trainer, pl_module, self._previous, self.history[:-1]
         )
-        for name, error in failures:
-            if self.on_error == "raise":
-                raise error
-            if name in self._complained:
-                continue
-            self._complained.add(name)
-            rank_zero_warn(
-                f"{self._who}: {name} did not take the measurement of step "
-                f"{measurement.step} ({type(error).__name__}: {error}). Other loggers "
-                "got it, and training goes on. If it fails again, nothing more is said."
-            )
-
-    def _skip(self, error: Exception) -> None:
-        if self.on_error == "raise":
-            raise error
-        self._failures += 1
-        self._off = isinstance(error, _REFUSALS) or self._failures >= _PATIENCE
-        after = (
-            "The monitor is off for the rest of this run"
-            if self._off
-            else "The next measurement is tried as planned"
-        )
-        rank_zero_warn(
-            f"{self._who}: the measurement of step {self._step} failed "
-            f"({type(error).__name__}: {error}). {after}; training goes on."
-        )
+        self.failures.not_taken(failures, measurement.step)
 
     def _active(self, trainer: Any) -> bool:
-        return bool(trainer.is_global_zero) and not self._off
+        return bool(trainer.is_global_zero) and not self.failures.off
 
     @property
     def _who(self) -> str:
@@ -258,12 +237,14 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the curves of an unbroken one."""
         if self._scheduled_state is not None:
-            return {**self._scheduled_state, "step": self._step}
+            now = {"step": self._step, "events": self.when.state_dict()}
+            return {**self._scheduled_state, **now}
         return {
             "step": self._step,
             "measured": self._measured,
             "history": [(step, dict(scalars)) for step, scalars in self.history],
             "instrument": self.instrument.state_dict(),
+            "events": self.when.state_dict(),
         }
 
     def _forget_final(self) -> None:
@@ -281,3 +262,4 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._measured = state_dict["measured"]
         self.history += [(step, dict(found)) for step, found in state_dict["history"]]
         self.instrument.load_state_dict(state_dict["instrument"])
+        self.when.load_state_dict(state_dict["events"])

@@ -1,8 +1,10 @@
 """ParameterDriftMonitor: how far the weights travel while a network trains."""
 
 from ntk_callbacks._types import ParameterFilter
+from ntk_callbacks.callbacks.as_schedule import Every
+from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.history import History
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
 
 

@@ -5,14 +5,16 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ntk_callbacks._types import Mode, OutputFunction
+from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.ending import is_last_step
+from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.gradients import (
     clipped_by_trainer,
     skips_step,
     unscaled_gradients,
 )
 from ntk_callbacks.callbacks.history import History
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.precautions import refuse_sharded
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.guard import isolated_rng
@@ -156,4 +158,4 @@ class PredictionMonitor(Monitor):
         if not scheduled:
             self._scheduled_state = self.state_dict()
         self._measured = self._step
-        self._skip(error)
+        self.failures.skip(error, self._step)

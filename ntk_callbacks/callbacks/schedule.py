@@ -1,35 +1,75 @@
-"""When a monitor measures: predicates on completed optimizer updates and epochs.
+"""When a monitor measures: at which updates, ends of epochs and events.
 
 Whatever the schedule, a monitor also measures step 0 and the last step of a run.
 """
 
 import math
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 StepRule: TypeAlias = Callable[[int], bool]
 
 
+class Event(Protocol):
+    """Something that an update may bring about.
+
+    What an event remembers is a dict of numbers, kept by whoever asks, so that it can
+    travel in checkpoints; it is empty at the start of a run.
+    """
+
+    @property
+    def text(self) -> str:
+        """How the event is written, for schedules and checkpoints."""
+
+    needs_loss: ClassVar[bool]
+    """Whether the loss must be read, which waits for an accelerator."""
+
+    def happens(
+        self, memory: dict[str, Any], loss: float, rates: Sequence[float]
+    ) -> bool:
+        """Whether it happens at an update, with the memory brought up to date.
+
+        Args:
+            memory: What the event remembers, changed in place.
+            loss: Loss of the batch; NaN where it is not known.
+            rates: Learning rate of every parameter group.
+        """
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps, and which ends of epochs, are measured.
+    """Which steps, ends of epochs and events are measured, and at most how much.
 
     Args:
         text: How the schedule is written, for messages and checkpoints.
         step_rule: `step -> bool`, step ≥ 1 counting completed optimizer updates.
         epoch_rule: `epoch -> bool`, epoch ≥ 1 counting completed epochs.
+        events: Updates at which one of these happens are measured too.
+        max_overhead: Largest share of the time of training that measuring may take;
+            None for no limit.
     """
 
     text: str
     step_rule: StepRule
     epoch_rule: StepRule
+    events: tuple[Event, ...] = ()
+    max_overhead: float | None = None
 
     def due(self, step: int, finished_epoch: int | None = None) -> bool:
-        """Whether to measure after `step` updates, which may have ended an epoch."""
+        """Whether to measure after `step` updates, which may have ended an epoch.
+
+        Events and the limit on time are for `When`, which knows of them.
+
+        Args:
+            step: Completed updates.
+            finished_epoch: Completed epochs, if the last update ended one.
+
+        Returns:
+            Whether a rule for steps or epochs says so.
+        """
         if finished_epoch is not None and self.epoch_rule(finished_epoch):
             return True
         return bool(self.step_rule(step))
@@ -52,11 +92,11 @@ def every(n: int, unit: str = "steps") -> Schedule:
         >>> [step for step in range(1, 9) if every(3).due(step)]
         [3, 6]
     """
-    n = _count("every: n", n)
+    n = count_of("every: n", n)
     if unit == "steps":
-        return Schedule(f"{n} steps", partial(_multiple, n), _never)
+        return Schedule(f"{n} steps", partial(_multiple, n), never)
     if unit == "epochs":
-        return Schedule(f"{n} epochs", _never, partial(_multiple, n))
+        return Schedule(f"{n} epochs", never, partial(_multiple, n))
     raise ValueError(f"every: unit={unit!r}; expected 'steps' or 'epochs'.")
 
 
@@ -76,8 +116,8 @@ def log_spaced(per_decade: int = 5) -> Schedule:
         >>> [step for step in range(1, 101) if log_spaced(3).due(step)]
         [1, 2, 5, 10, 22, 46, 100]
     """
-    per_decade = _count("log_spaced: per_decade", per_decade)
-    return Schedule(f"{per_decade} per decade", partial(_on_grid, per_decade), _never)
+    per_decade = count_of("log_spaced: per_decade", per_decade)
+    return Schedule(f"{per_decade} per decade", partial(_on_grid, per_decade), never)
 
 
 def at(*steps: int) -> Schedule:
@@ -96,58 +136,17 @@ def at(*steps: int) -> Schedule:
         >>> [step for step in range(1, 100) if at(10, 50).due(step)]
         [10, 50]
     """
-    chosen = {-1 if (n := _whole(step)) is None else n for step in steps}
+    chosen = {-1 if (n := whole_number(step)) is None else n for step in steps}
     if min(chosen, default=-1) < 0:
         raise ValueError(
             "at: expected whole numbers that are not negative, as in at(1, 10, 100), "
             f"got at{steps!r}."
         )
     text = "at " + " ".join(str(step) for step in sorted(chosen))
-    return Schedule(text, frozenset(chosen).__contains__, _never)
+    return Schedule(text, frozenset(chosen).__contains__, never)
 
 
-def as_schedule(value: int | str | Schedule | StepRule) -> Schedule:
-    """A schedule from what `every=` of a monitor takes.
-
-    Args:
-        value: A schedule; an int n (every n steps); `"epoch"`, `"3 epochs"`,
-            `"100 steps"`, `"5 per decade"`, `"at 1 10 100"`; or a function
-            `step -> bool`.
-
-    Returns:
-        A schedule.
-
-    Raises:
-        ValueError: If the value is not understood.
-
-    Example:
-        >>> as_schedule("epoch").text
-        '1 epochs'
-    """
-    if isinstance(value, Schedule):
-        return value
-    if isinstance(value, bool) or _whole(value) is not None:
-        return every(cast("int", value))  # which refuses a flag
-    if callable(value):
-        name = getattr(value, "__qualname__", type(value).__name__)
-        return Schedule(name, value, _never)
-    text = value.strip().lower() if isinstance(value, str) else ""
-    if text.isdecimal():
-        return every(int(text))
-    if match := re.fullmatch(r"(?:(\d+) )?(step|epoch)s?", text):
-        return every(int(match[1] or 1), f"{match[2]}s")
-    if match := re.fullmatch(r"(\d+) per decade", text):
-        return log_spaced(int(match[1]))
-    if re.fullmatch(r"at( \d+)+", text):
-        return at(*(int(step) for step in text.split()[1:]))
-    raise ValueError(
-        f"every={value!r} is not understood; expected a number of steps, 'epoch', "
-        "'3 epochs', '100 steps', '5 per decade', 'at 1 10 100', or a function "
-        "step -> bool."
-    )
-
-
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """The integer that any integer type stands for; None for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
@@ -155,8 +154,9 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _count(argument: str, value: object) -> int:
-    n = _whole(value)
+def count_of(argument: str, value: object) -> int:
+    """A whole number of at least 1, or an error that names the argument."""
+    n = whole_number(value)
     if n is None or n < 1:
         raise ValueError(
             f"{argument} must be a whole number of at least 1, got {value!r}."
@@ -164,7 +164,8 @@ def _count(argument: str, value: object) -> int:
     return n
 
 
-def _never(_count: int) -> bool:
+def never(_count: int) -> bool:
+    """The rule of what no count brings about."""
     return False
 
 

@@ -1,8 +1,10 @@
 """SignalMonitor: signals and gradients by depth while a network trains."""
 
 from ntk_callbacks._types import Mode, OutputFunction
+from ntk_callbacks.callbacks.as_schedule import Every
+from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.history import History
-from ntk_callbacks.callbacks.monitor import Every, Monitor, OnError
+from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.engine.layer_calls import LayerFilter
 from ntk_callbacks.instruments.signal import GradientOf, SignalInstrument

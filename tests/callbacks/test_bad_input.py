@@ -208,7 +208,7 @@ def test_refused_at_once_with_a_way_out(case):
 def test_refusal_raises_if_asked_for(case):
     model, make, _, settings = REFUSALS[case]
     monitor = make()
-    monitor.on_error = "raise"
+    monitor.failures.on_error = "raise"
     kinds = (MemoryBudgetError, ProbeError, UnsupportedModelError)
     with pytest.raises(kinds):
         fit(model(), [monitor], **{k: v() for k, v in settings.items()})

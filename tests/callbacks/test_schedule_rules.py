@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntk_callbacks import at, every, log_spaced
-from ntk_callbacks.callbacks.schedule import Schedule, as_schedule
+from ntk_callbacks.callbacks.as_schedule import as_schedule
+from ntk_callbacks.callbacks.schedule import Schedule
 
 positive = st.integers(1, 10**6)
 steps = st.integers(1, 10**12)

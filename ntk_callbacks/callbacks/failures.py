@@ -1,0 +1,88 @@
+"""What becomes of a monitor whose measurements fail: it warns and steps aside."""
+
+from collections.abc import Iterable
+from typing import Literal, TypeAlias, get_args
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ntk_callbacks.errors import (
+    MemoryBudgetError,
+    ProbeError,
+    ProbeMismatchError,
+    UnsupportedModelError,
+)
+
+OnError: TypeAlias = Literal["warn", "raise"]
+
+_REFUSALS = (MemoryBudgetError, ProbeError, ProbeMismatchError, UnsupportedModelError)
+_PATIENCE = 3  # failures in a row after which a monitor steps aside for good
+
+
+class Failures:
+    """Counts what failed in a run, and says so.
+
+    Args:
+        who: Named in messages.
+        on_error: `"warn"`, or `"raise"` what failed.
+
+    Raises:
+        ValueError: If `on_error` is neither.
+    """
+
+    def __init__(self, who: str, on_error: OnError) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error={on_error!r}; expected 'warn' or 'raise'.")
+        self.who = who
+        self.on_error = on_error
+        self.restart()
+
+    def restart(self) -> None:
+        """Another run begins."""
+        self.off = False
+        """Whether the monitor measures no more in this run."""
+        self._in_a_row = 0
+        self._complained: set[str] = set()
+
+    def none(self) -> None:
+        """A measurement was taken."""
+        self._in_a_row = 0
+
+    def skip(self, error: Exception, step: int) -> None:
+        """A measurement failed.
+
+        Args:
+            error: Why; raised again if that is wanted.
+            step: Of the measurement.
+        """
+        if self.on_error == "raise":
+            raise error
+        self._in_a_row += 1
+        self.off = isinstance(error, _REFUSALS) or self._in_a_row >= _PATIENCE
+        after = (
+            "The monitor is off for the rest of this run"
+            if self.off
+            else "The next measurement is tried as planned"
+        )
+        rank_zero_warn(
+            f"{self.who}: the measurement of step {step} failed "
+            f"({type(error).__name__}: {error}). {after}; training goes on."
+        )
+
+    def not_taken(self, by: Iterable[tuple[str, Exception]], step: int) -> None:
+        """Some logger did not take a measurement; each is complained of once.
+
+        Args:
+            by: Name of each and what it raised; raised again if that is wanted.
+            step: Of the measurement.
+        """
+        for name, error in by:
+            if self.on_error == "raise":
+                raise error
+            if name in self._complained:
+                continue
+            self._complained.add(name)
+            rank_zero_warn(
+                f"{self.who}: {name} did not take the measurement of step {step} "
+                f"({type(error).__name__}: {error}). Other loggers got it, and "
+                "training goes on. If it fails again, nothing more is said."
+            )

@@ -1,0 +1,117 @@
+"""One monitor's decision to measure: its schedule, events, and share of the time."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ntk_callbacks.callbacks.schedule import Schedule
+
+
+class When:
+    """Says at each update whether to measure, once and for all.
+
+    Args:
+        schedule: Which steps, epochs and events; at most how much of the time.
+        who: Named in messages.
+    """
+
+    def __init__(self, schedule: Schedule, who: str) -> None:
+        self.schedule = schedule
+        self.who = who
+        self.restart()
+
+    def restart(self) -> None:
+        """Another run begins, which knows nothing of the last."""
+        self._memories: dict[str, dict[str, Any]] = {}
+        self._loss: Tensor | None = None
+        self._loss_step = self._seen = self._event = -1
+        self._decided: dict[tuple[int, bool], bool] = {}
+        self._said = False
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """A fit begins; overhead is a share of its time."""
+        self._start = time.perf_counter()
+        self._spent = self._last = 0.0
+
+    def spent(self, seconds: float) -> None:
+        """A measurement took this long."""
+        self._spent += seconds
+        self._last = seconds
+
+    def note_loss(self, step: int, loss: Tensor) -> None:
+        """A loss is about to be differentiated.
+
+        Args:
+            step: The update that it is for, counted from 1; losses accumulate.
+            loss: One number.
+        """
+        if not any(event.needs_loss for event in self.schedule.events):
+            return
+        part = loss.detach()
+        same = self._loss is not None and self._loss_step == step
+        self._loss = self._loss + part if same else part  # type: ignore[operator]
+        self._loss_step = step
+
+    def note_update(self, step: int, rates: Sequence[float]) -> None:
+        """The gradients of an update are complete, which decides whether events happen.
+
+        Args:
+            step: The update that is about to be made, counted from 1. Of several
+                optimizers that make it, the first decides.
+            rates: Learning rate of every parameter group.
+        """
+        if step <= self._seen:
+            return
+        known = self._loss is not None and self._loss_step == step
+        loss = float(self._loss) if known else float("nan")  # type: ignore[arg-type]
+        self._seen = step
+        happened = [
+            event.happens(self._memories.setdefault(event.text, {}), loss, rates)
+            for event in self.schedule.events
+        ]
+        if any(happened):
+            self._event = step
+
+    def due(self, step: int, finished_epoch: int | None = None) -> bool:
+        """Whether to measure after `step` updates, which may have ended an epoch.
+
+        Args:
+            step: Completed updates.
+            finished_epoch: Completed epochs, if the last update ended one.
+
+        Returns:
+            The same when asked again, although time goes by.
+        """
+        key = step, finished_epoch is not None
+        if key not in self._decided:
+            due = self._event == step or self.schedule.due(step, finished_epoch)
+            self._decided = {k: v for k, v in self._decided.items() if k[0] == step}
+            self._decided[key] = due and self._affordable()
+        return self._decided[key]
+
+    def _affordable(self) -> bool:
+        limit = self.schedule.max_overhead
+        if limit is None:
+            return True
+        training = time.perf_counter() - self._start - self._spent
+        affordable = self._spent + self._last <= limit * training
+        if not (affordable or self._said):
+            self._said = True
+            rank_zero_info(
+                f"{self.who}: a measurement takes {self._last:.2g} s; some that are "
+                f"due are left out, so that all together take at most {limit:.3g} of "
+                "the time of training."
+            )
+        return affordable
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the events remember."""
+        return {text: dict(memory) for text, memory in self._memories.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._memories = {text: dict(memory) for text, memory in state.items()}
