@@ -10,16 +10,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from ntk_callbacks.callbacks.as_schedule import Every, as_schedule
+from ntk_callbacks.callbacks.callback_metrics import publish, share
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
 from ntk_callbacks.callbacks.failures import Failures, OnError
 from ntk_callbacks.callbacks.history import History, MonitorHistory
 from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_text
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.when import When
+from ntk_callbacks.engine.series import share_kernels
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.instrument import Instrument, monitor_tag
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
+from ntk_callbacks.reporting.introduction import introduce
 from ntk_callbacks.reporting.loggers import report
 
 
@@ -78,7 +81,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._step = 0
         self._measured = self._previous = -1
         self._seen = 0
-        self._started = False
+        self._started = self._introduced = False
         self._restored = False
         # The state before a final measurement off schedule: what a checkpoint keeps,
         # so that a resumed run draws the curves of an unbroken one.
@@ -95,7 +98,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
     # When ---------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse two monitors that would write the same tags.
+        """Refuse two monitors that write the same tags; let them share their kernels.
 
         Args:
             trainer: The trainer.
@@ -116,6 +119,8 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                 f"{self.instrument.name}/… too. Give one of them another name: "
                 'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
             )
+        monitors = [other for other in trainer.callbacks if isinstance(other, Monitor)]
+        share_kernels(monitor.instrument for monitor in monitors)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure step 0, or go on where a checkpoint stopped."""
@@ -134,6 +139,8 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                     f"References are taken now, after {self._step} updates."
                 )
             self._measure(trainer, pl_module)
+        publish(trainer, self.history)
+        share(trainer, self.history, self.instrument.name)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Note the loss, if the schedule asks for it."""
@@ -162,6 +169,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._forget_final()
         # Before validation, whose end is when checkpoints are written by default.
         self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
+        share(trainer, self.history, self.instrument.name)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure what the last batch could not know of: early stops, skipped steps."""
@@ -213,6 +221,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.failures.none()
         # Not in the history: a resumed run could not repeat it.
         self.history.append((measurement.step, dict(measurement.scalars)))
+        publish(trainer, self.history)
         tag = monitor_tag("seconds", self.instrument.name)
         measurement.scalars[tag] = time.perf_counter() - start
         self._report(trainer, pl_module, measurement)
@@ -220,6 +229,17 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
 
     def _report(self, trainer: Any, pl_module: Any, measurement: Measurement) -> None:
         failures = report(measurement, trainer.loggers)
+        if not self._introduced:
+            monitors = [m for m in trainer.callbacks if isinstance(m, Monitor)]
+            names = [m.instrument.name for m in monitors]
+            laid_out = any(m._introduced for m in monitors)
+            self._introduced = True
+            failures += introduce(
+                measurement.scalars,
+                self.instrument.name,
+                [] if laid_out else names,
+                trainer.loggers,
+            )
         failures += self._kept.keep(
             measurement, trainer, pl_module, self._previous, self.history[:-1]
         )
