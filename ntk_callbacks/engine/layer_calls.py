@@ -162,12 +162,22 @@ def batch_axes(
     except Exception:  # a model may need its whole batch; the first axis then
         fewer = {}
 
-    def axis(name: str, shape: torch.Size) -> int | None:
-        less = fewer.get(name)
-        if less is None:
-            return 0 if shape[:1] == (n,) else None
-        changed = [k for k in range(len(shape)) if shape[k : k + 1] != less[k : k + 1]]
-        fits = len(less) == len(shape) and len(changed) == 1 and shape[changed[0]] == n
-        return changed[0] if fits else None
+    return lambda name, shape: example_axis(shape, fewer.get(name), n)
 
-    return axis
+
+def example_axis(shape: torch.Size, fewer: torch.Size | None, n: int) -> int | None:
+    """The axis of length n that got shorter when one example was left out.
+
+    Args:
+        shape: Of a tensor for n examples.
+        fewer: Its shape for n − 1 of them; None if that is not known.
+        n: Number of examples.
+
+    Returns:
+        The axis; the first if `fewer` is not known; None if no axis is theirs alone.
+    """
+    if fewer is None:
+        return 0 if shape[:1] == (n,) else None
+    changed = [k for k in range(len(shape)) if shape[k : k + 1] != fewer[k : k + 1]]
+    fits = len(fewer) == len(shape) and len(changed) == 1 and shape[changed[0]] == n
+    return changed[0] if fits else None
