@@ -1,7 +1,7 @@
 """What a kernel is aligned with: another kernel, the targets, single outputs."""
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ntk_callbacks.metrics.drift import frobenius_norm
@@ -106,3 +106,81 @@ def off_diagonal_share(ntk: Float[Tensor, "n n c c"]) -> Float[Tensor, ""]:
     total = (ntk**2).sum()
     diagonal = (torch.diagonal(ntk, dim1=2, dim2=3) ** 2).sum()
     return (total - diagonal) / total
+
+
+def class_blocks(
+    kernel: Float[Tensor, "n n"], classes: Int[Tensor, "..."]
+) -> Float[Tensor, "k k"]:
+    """Mean of the kernel over the pairs of examples of two classes.
+
+    Pairs of an example with itself are left out: the diagonal of a kernel is large for
+    every class, and the fewer the examples the more it would count.
+
+    Args:
+        kernel: Traced kernel, n×n.
+        classes: Class of each example, `(n,)`.
+
+    Returns:
+        k×k for the k classes that occur, in ascending order; NaN on the diagonal for a
+        class of one example.
+
+    Raises:
+        ValueError: If the number of classes is not n.
+
+    Example:
+        >>> kernel = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
+        >>> class_blocks(kernel, torch.tensor([0, 0, 5]))
+        tensor([[2.0000, 0.5000],
+                [0.5000,    nan]])
+
+    References:
+        Shan, Bordelon 2021, arXiv:2105.14301 (kernels that specialize to classes).
+    """
+    member = _membership("class_blocks", kernel, classes)
+    sums = member.mT @ kernel @ member
+    sums = sums - torch.diag(member.mT @ kernel.diagonal())
+    sizes = member.sum(0)
+    return sums / (torch.outer(sizes, sizes) - torch.diag(sizes))
+
+
+def within_between_ratio(
+    kernel: Float[Tensor, "n n"], classes: Int[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    """Mean kernel within classes over that between classes.
+
+    Over all pairs of two different examples of the same class, and all pairs of
+    examples of different classes.
+
+    Args:
+        kernel: Traced kernel, n×n.
+        classes: Class of each example, `(n,)`.
+
+    Returns:
+        1 if the kernel does not know the classes, above if examples of a class share
+        more; it changes its sign with the mean between classes. NaN if all examples
+        have one class, or all different ones.
+
+    Raises:
+        ValueError: If the number of classes is not n.
+
+    Example:
+        >>> kernel = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
+        >>> within_between_ratio(kernel, torch.tensor([0, 0, 5]))
+        tensor(4.)
+    """
+    member = _membership("within_between_ratio", kernel, classes)
+    same = member @ member.mT
+    other = 1 - same
+    same = same - torch.eye(len(same)).to(same)
+    within = (kernel * same).sum() / same.sum()
+    return within / ((kernel * other).sum() / other.sum())
+
+
+def _membership(who: str, kernel: Tensor, classes: Tensor) -> Tensor:
+    """One-hot rows (n, k) over the classes that occur."""
+    if len(classes) != len(kernel):
+        raise ValueError(
+            f"{who}: {len(classes)} classes for a kernel of {len(kernel)} examples."
+        )
+    found, index = torch.unique(classes.to(kernel.device), return_inverse=True)
+    return torch.eye(len(found)).to(kernel)[index]

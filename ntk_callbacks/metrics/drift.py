@@ -62,6 +62,62 @@ def kernel_distance(
     return (gap**2).sum() / 2
 
 
+def scale_change(
+    kernel: Float[Tensor, "..."], reference: Float[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    """Part of the change along the reference, a − 1 with a = ⟨Θ, Θ₀⟩_F / ‖Θ₀‖²_F.
+
+    aΘ₀ is the multiple of Θ₀ nearest to Θ. With `shape_change` it splits the relative
+    change exactly: relative_change² = scale_change² + shape_change².
+
+    Args:
+        kernel: Θ, of any shape.
+        reference: Θ₀ of the same shape.
+
+    Returns:
+        Value in [−1, ∞) for two kernels (positive semi-definite): 0.5 if the kernel has
+        grown by half along Θ₀. NaN or infinite if the reference is zero.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> scale_change(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
+        tensor(0.5000)
+    """
+    _check_shapes(kernel, reference)
+    # Of the difference, not of the kernel: 1 would swallow small changes.
+    along = ((kernel - reference) * reference).sum()
+    return along / (reference * reference).sum()
+
+
+def shape_change(
+    kernel: Float[Tensor, "..."], reference: Float[Tensor, "..."]
+) -> Float[Tensor, ""]:
+    """Part of the change across the reference, ‖Θ − aΘ₀‖_F / ‖Θ₀‖_F.
+
+    a as in `scale_change`: what is left of the relative change when the best multiple
+    of Θ₀ is taken away. Zero if and only if the kernel has only grown or shrunk.
+
+    Args:
+        kernel: Θ, of any shape.
+        reference: Θ₀ of the same shape.
+
+    Returns:
+        Value in [0, ∞); NaN or infinite if the reference is zero.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> shape_change(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
+        tensor(2.)
+    """
+    _check_shapes(kernel, reference)
+    across = kernel - reference - scale_change(kernel, reference) * reference
+    return frobenius_norm(across) / frobenius_norm(reference)
+
+
 def frobenius_norm(kernel: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     """Root of the sum of squares of all entries, ‖Θ‖_F."""
     length: Tensor = torch.linalg.vector_norm(kernel)

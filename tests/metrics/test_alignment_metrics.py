@@ -5,7 +5,13 @@ import inspect
 import pytest
 import torch
 
-from ntk_callbacks.metrics import cka, off_diagonal_share, target_alignment
+from ntk_callbacks.metrics import (
+    cka,
+    class_blocks,
+    off_diagonal_share,
+    target_alignment,
+    within_between_ratio,
+)
 
 
 def positive(n=6):
@@ -109,3 +115,43 @@ def test_off_diagonal_share_is_blind_to_scale():
     share = off_diagonal_share(ntk).item()
     assert 0 < share < 1
     assert off_diagonal_share(-7 * ntk).item() == pytest.approx(share, rel=1e-13)
+
+
+def test_class_blocks_are_means_over_pairs_of_different_examples():
+    kernel, classes = positive(7), [4, 1, 4, 9, 1, 1, 4]
+    blocks = class_blocks(kernel, torch.tensor(classes))
+    within, between = [], []
+    for row, one in enumerate([1, 4, 9]):
+        for column, other in enumerate([1, 4, 9]):
+            entries = [
+                kernel[i, j].item()
+                for i, first in enumerate(classes)
+                for j, second in enumerate(classes)
+                if i != j and (first, second) == (one, other)
+            ]
+            (within if one == other else between).extend(entries)
+            if entries:
+                mean = sum(entries) / len(entries)
+                assert blocks[row, column].item() == pytest.approx(mean, rel=1e-12)
+            else:
+                assert (one, other) == (9, 9)
+                assert blocks[row, column].isnan()
+    ratio = (sum(within) / len(within)) / (sum(between) / len(between))
+    found = within_between_ratio(kernel, torch.tensor(classes)).item()
+    assert found == pytest.approx(ratio, rel=1e-12)
+
+
+def test_a_kernel_that_does_not_know_the_classes_has_ratio_one():
+    kernel = torch.full((4, 4), 2.0) + 5 * torch.eye(4)
+    assert within_between_ratio(kernel, torch.tensor([0, 1, 0, 1])) == 1
+
+
+@pytest.mark.parametrize("classes", [[3, 3, 3], [0, 1, 2]])
+def test_no_ratio_without_pairs_of_both_kinds(classes):
+    assert within_between_ratio(positive(3), torch.tensor(classes)).isnan()
+
+
+@pytest.mark.parametrize("function", [class_blocks, within_between_ratio])
+def test_one_class_for_each_example(function):
+    with pytest.raises(ValueError, match="2 classes for a kernel of 3 examples"):
+        function(positive(3), torch.tensor([0, 1]))

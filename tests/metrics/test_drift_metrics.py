@@ -10,9 +10,11 @@ from ntk_callbacks.metrics import (
     displacement,
     kernel_distance,
     relative_change,
+    scale_change,
+    shape_change,
 )
 
-KERNEL_METRICS = [relative_change, kernel_distance]
+KERNEL_METRICS = [relative_change, kernel_distance, scale_change, shape_change]
 WEIGHT_METRICS = [displacement, cosine_similarity]
 
 
@@ -74,6 +76,28 @@ def test_relative_change():
     assert relative_change(0 * kernel, kernel) == 1
     change = relative_change(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
     assert change.item() == pytest.approx(4 / 3)
+
+
+def test_scale_and_shape_split_the_change_exactly():
+    kernel, reference = positive(), positive()
+    scale, shape = scale_change(kernel, reference), shape_change(kernel, reference)
+    whole = relative_change(kernel, reference)
+    assert (scale**2 + shape**2).item() == pytest.approx(whole.item() ** 2, rel=1e-12)
+    # The multiple of Θ₀ nearest to Θ, by least squares over all entries.
+    columns = reference.reshape(-1, 1)
+    fitted = torch.linalg.lstsq(columns, kernel.reshape(-1, 1)).solution
+    assert scale.item() == pytest.approx(fitted.item() - 1, rel=1e-12)
+    left = (kernel - fitted * reference).norm() / reference.norm()
+    assert shape.item() == pytest.approx(left.item(), rel=1e-12)
+
+
+def test_growth_is_a_change_of_scale_alone():
+    kernel = positive()
+    assert scale_change(1.25 * kernel, kernel).item() == pytest.approx(0.25, rel=1e-14)
+    assert shape_change(1.25 * kernel, kernel).item() == pytest.approx(0, abs=1e-15)
+    assert scale_change(0.5 * kernel, kernel).item() == pytest.approx(-0.5, rel=1e-14)
+    tiny = scale_change(kernel * (1 + 2**-50), kernel)
+    assert tiny.item() == pytest.approx(2**-50, rel=0.2)  # 1 − 1 would be 0
 
 
 def test_kernel_distance_is_one_minus_the_cosine():
