@@ -1,7 +1,9 @@
 """NTKMonitor: the empirical neural tangent kernel while a network trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from torch.optim import Optimizer
 
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
 from ntk_callbacks.callbacks.as_schedule import Every
@@ -27,6 +29,29 @@ class NTKMonitor(Monitor):
     two examples of each kernel against plain autograd; `monitor/seconds` is what the
     measurement took.
 
+    On demand, `metrics="all"` or by name:
+
+    - `scale_change`, `shape_change`: the two parts of `relative_change`, along Θ₀ and
+      across it, whose squares add up to its square; `drift_noise_floor`: how much
+      `relative_change` would vary with other examples, from two halves of the probe;
+    - `subspace_angle`, `subspace_overlap`: largest angle, and mean squared cosine of
+      the angles, between the spaces of the 8 top eigenvectors now and at the start;
+    - `class_blocks`: an image of the mean kernel between classes, and `class_ratio`,
+      its mean within classes over that between classes;
+    - `residual_modes`: `ntk_modes/residual/<k>`, the gradient r of the loss by the
+      outputs along each of the 8 top modes of the kernel before,
+      `ntk_modes/decay_measured/<k>`, how much of it is left since then, and
+      `ntk_modes/decay_predicted/<k>`, ∏(1 − ηsλ) over the updates (for SGD);
+    - `sharpness`, the largest eigenvalue of the Gauss-Newton matrix of the loss on the
+      probe, preconditioned as the optimizer does it, `sharpness_limit`, where the
+      optimizer becomes unstable (2/η, with momentum or Adam's form), and their ratio;
+    - `batchnorm_gap`: relative difference of the kernel through batch statistics from
+      that through running ones, if the model has them; costs a second kernel;
+    - `trace_share`, `drift_share`: with `by`, what each part adds to the trace, and to
+      the squared drift, as `ntk_modules/trace_share/…` and `…/drift_share/…`.
+
+    Monitors of one trainer that need the same kernel measure it once.
+
     Args:
         probe: A number of training examples to draw (fixed by a seed, without touching
             the loader), a `Probe`, a tensor of inputs, or the path of a saved probe.
@@ -35,12 +60,14 @@ class NTKMonitor(Monitor):
         outputs: As in `empirical_ntk`; `"auto"` keeps all outputs up to 2048 rows n·c,
             traces them beyond, and from 2048 outputs on (language models) measures
             `"matrix-free"`: estimates from products with a kernel that is not formed.
-        metrics: None for all; names of some; or `{name: function of a KernelView}`.
+        metrics: None for those above; `"all"`; names of some; or `{name: function of a
+            KernelView}` of your own.
         parameters: As in `empirical_ntk`.
         by: As in `empirical_ntk`; adds the trace of each part as `ntk_modules/trace/…`.
         output_fn: `(model, x) -> (n, ...)` where the module's `forward` is not what to
             measure, for example `lambda module, x: module.net(x)`.
-        options: `NTKOptions`: mode, route, memory budget, name of the tags, history.
+        options: `NTKOptions`: mode, route, memory budget, name of the tags, history,
+            and the loss that is trained.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -53,8 +80,11 @@ class NTKMonitor(Monitor):
 
     References:
         Jacot, Gabriel, Hongler 2018, arXiv:1806.07572; Fort et al. 2020,
-        arXiv:2010.15110 (distance, velocity).
+        arXiv:2010.15110 (distance, velocity); Cohen et al. 2021, arXiv:2103.00065, and
+        2022, arXiv:2207.14484 (edge of stability).
     """
+
+    instrument: KernelInstrument
 
     def __init__(
         self,
@@ -62,7 +92,9 @@ class NTKMonitor(Monitor):
         every: Every = "epoch",
         *,
         outputs: Outputs | Literal["auto", "matrix-free"] = "auto",
-        metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
+        metrics: (
+            Literal["all"] | Sequence[str] | Mapping[str, KernelMetric] | None
+        ) = None,
         parameters: ParameterFilter = None,
         by: Grouping = None,
         output_fn: OutputFunction | None = None,
@@ -86,3 +118,23 @@ class NTKMonitor(Monitor):
             history=instrument.options.history,
             keep_matrices=instrument.options.keep_kernels,
         )
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: Optimizer
+    ) -> None:
+        """Note the learning rate, if a decay is to be predicted from it."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if "residual_modes" in self.instrument.metrics and self._active(trainer):
+            # A step after the last one: what was measured there is taken back first.
+            self._forget_final()
+            self.instrument.optimizers = tuple(trainer.optimizers)
+            self.instrument.count_step()
+            self.instrument.optimizers = ()
+
+    def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
+        # Not kept: a monitor that is sent to another process would take them along.
+        self.instrument.optimizers = tuple(trainer.optimizers)
+        try:
+            super()._measure(trainer, pl_module, scheduled)
+        finally:
+            self.instrument.optimizers = ()

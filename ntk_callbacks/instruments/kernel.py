@@ -2,84 +2,39 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ntk_callbacks._types import (
     Grouping,
     Kernel,
-    Mode,
     OutputFunction,
     Outputs,
     ParameterFilter,
 )
 from ntk_callbacks.engine.arguments import Request
-from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.errors import ProbeMismatchError
 from ntk_callbacks.guard import measuring
-from ntk_callbacks.instruments.instrument import (
-    checked_name,
-    monitor_tag,
-    numbers,
-    one_of,
-    tag_name,
-)
+from ntk_callbacks.instruments.instrument import monitor_tag, numbers, one_of
+from ntk_callbacks.instruments.kernel_details import chosen_metrics, part_traces
+from ntk_callbacks.instruments.kernel_modes import ResidualModes
+from ntk_callbacks.instruments.kernel_options import NTKOptions as NTKOptions
 from ntk_callbacks.instruments.kernel_sketch import (
     SKETCH_METRICS,
     KernelSketch,
     sketched,
 )
-from ntk_callbacks.instruments.kernel_view import (
-    KernelMetric,
-    KernelView,
-    chosen_metrics,
-)
-from ntk_callbacks.layout import as_matrix
+from ntk_callbacks.instruments.kernel_source import KernelSource
+from ntk_callbacks.instruments.kernel_stability import descent_rate, unwrapped
+from ntk_callbacks.instruments.kernel_view import KernelMetric, KernelView
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
 _MOST_OUTPUTS = 2048  # of a traced kernel, which takes a backward pass for each
-
-
-@dataclass(frozen=True)
-class NTKOptions:
-    """The less common choices of an NTK measurement.
-
-    Args:
-        mode: `"eval"`, or `"train"` for the joint-batch kernel through BatchNorm.
-        route: `"auto"` or one of the engine's routes.
-        memory_budget: Working memory in bytes or as `"2GiB"`; None for a quarter of
-            what is free.
-        dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
-            traced over the outputs; from 2048 outputs c on they are not formed at all.
-        name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
-        history: Whether `NTKMonitor` keeps its measurements for `load_history` in the
-            folder of the run, or in which other folder.
-        keep_kernels: Keep the traced kernel there too, the examples ordered by class.
-
-    Raises:
-        ValueError: If an option is not understood.
-    """
-
-    mode: Mode = "eval"
-    route: str = "auto"
-    memory_budget: int | str | None = None
-    dense_limit: int = 2048
-    name: str = "ntk"
-    history: bool | str | PathLike[str] = True
-    keep_kernels: bool = False
-
-    def __post_init__(self) -> None:
-        one_of("mode", self.mode, get_args(Mode))
-        one_of("route", self.route, ("auto", *ROUTES))
-        memory_bytes(self.memory_budget, torch.device("cpu"))
-        checked_name(self.name)
 
 
 class KernelInstrument:
@@ -90,8 +45,9 @@ class KernelInstrument:
             a kernel that is not formed; or `"auto"`: `"full"` up to
             `options.dense_limit` rows, `"trace"` up to 2048 outputs, and
             `"matrix-free"` beyond, as for language models.
-        metrics: None for all of `METRICS`; names of some; or `{name: function of a
-            KernelView}` for names of your own (they replace the standard ones).
+        metrics: None for all of `METRICS`; `"all"` for those of `DETAILS` too; names of
+            some of both; or `{name: function of a KernelView}` for names of your own
+            (they replace the standard ones).
         parameters: As in `empirical_ntk`.
         by: As in `empirical_ntk`; the trace of each part is reported too.
         output_fn: As in `empirical_ntk`.
@@ -105,7 +61,9 @@ class KernelInstrument:
         self,
         *,
         outputs: Outputs | Literal["auto", "matrix-free"] = "auto",
-        metrics: Sequence[str] | Mapping[str, KernelMetric] | None = None,
+        metrics: (
+            Literal["all"] | Sequence[str] | Mapping[str, KernelMetric] | None
+        ) = None,
         parameters: ParameterFilter = None,
         by: Grouping = None,
         output_fn: OutputFunction | None = None,
@@ -114,16 +72,21 @@ class KernelInstrument:
         one_of("outputs", outputs, ("auto", "matrix-free", *get_args(Outputs)))
         self.outputs = outputs
         self._outputs: str | None = None if outputs == "auto" else outputs
-        self.metrics = chosen_metrics(metrics)
+        self.metrics = chosen_metrics(metrics, split=by is not None)
         self.parameters = parameters
         self.by = by
         self.output_fn = output_fn
         self.options = options or NTKOptions()
         self.name = self.options.name
         self._request()  # refuses what no model could take
-        self._series = KernelSeries(self.options.route)
+        self.kernels = KernelSeries(self.options.route)
+        """Where kernels come from; see `share_kernels`."""
+        self.optimizers: Sequence[Optimizer] = ()
+        """What trains the model, for the details that need learning rates."""
+        self._modes = ResidualModes()
         self._probe: Probe | None = None
         self._reference: Kernel | None = None
+        self._reference_parts: dict[str, Kernel] = {}
         self._previous: Kernel | None = None
         self._previous_step = 0
         self._digest = ""
@@ -169,13 +132,39 @@ class KernelInstrument:
             return self._without_matrix(model, self._probe, step)
         return self._with_matrix(model, self._probe, step)
 
+    def count_step(self) -> None:
+        """Note the learning rate of the update that `optimizers` are about to make.
+
+        For `residual_modes`, whose predicted decay is then right for rates that change.
+        Without it every update since the last measurement counts with the rate now.
+        """
+        self._modes.step(descent_rate(unwrapped(self.optimizers)))
+
     def _with_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
         request = self._request(self._outputs)
-        parts, error = self._series.measure(model, probe.inputs, request, step)
-        ntk = torch.stack(list(parts.values())).sum(0) if self.by else parts[""]
+        parts, error = self.kernels.measure(model, probe.inputs, request, step)
+        ntk = (
+            torch.stack(list(parts.values())).sum(0)
+            if self.by is not None
+            else parts[""]
+        )
+        first = self._reference is None
         reference, previous, steps = self._compared(ntk, step)
-        view = KernelView(ntk, reference, previous, steps, probe.targets)
-        measurement = self._measurement(view, parts, step)
+        if first and "drift_share" in self.metrics:
+            self._reference_parts = dict(parts)
+        source = KernelSource(
+            *(model, probe.inputs, request, self.kernels, step),
+            optimizers=unwrapped(self.optimizers),
+            loss=self.options.loss,
+        )
+        view = KernelView(
+            *(ntk, reference, previous, steps, probe.targets),
+            parts=parts if self.by is not None else {},
+            reference_parts={k: v.to(ntk) for k, v in self._reference_parts.items()},
+            source=source,
+            modes=self._modes,
+        )
+        measurement = self._measurement(view, step)
         if error is not None:
             measurement.scalars[monitor_tag("audit_error", self.name)] = error
         return measurement
@@ -248,34 +237,37 @@ class KernelInstrument:
         )
         return "matrix-free"
 
-    def _measurement(
-        self, view: KernelView, parts: dict[str, Kernel], step: int
-    ) -> Measurement:
+    def _measurement(self, view: KernelView, step: int) -> Measurement:
         name = self.name
-        found = {
-            f"{name}/{metric}": function(view)
-            for metric, function in self.metrics.items()
-        }
-        if self.by is not None:
-            for part, kernel in parts.items():
-                trace = as_matrix(kernel).diagonal().sum()
-                found[f"{name}_modules/trace/{tag_name(part)}"] = trace
+        scalars: dict[str, Tensor | float | None] = {}
+        matrices = {f"{name}/kernel": view.by_class}
+        for metric, function in self.metrics.items():
+            found = function(view)
+            if isinstance(found, Mapping):
+                scalars |= {f"{name}_{end}": value for end, value in found.items()}
+            elif isinstance(found, Tensor) and found.ndim == 2:
+                matrices[f"{name}/{metric}"] = found
+            else:
+                scalars[f"{name}/{metric}"] = found
+        scalars |= {f"{name}_{end}": t for end, t in part_traces(view).items()}
         eigenvalues = view.eigenvalues
         return Measurement(
             step,
-            scalars=numbers(found),
+            scalars=numbers(scalars),
             vectors={f"{name}/eigenvalues_log10": eigenvalues[eigenvalues > 0].log10()},
-            matrices={f"{name}/kernel": view.by_class},
+            matrices=matrices,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Θ₀, the previous kernel, and what they were measured on."""
+        """Θ₀, the previous kernel, and what they were measured on; more for details."""
         return {
             "reference": self._reference,
             "previous": self._previous,
             "previous_step": self._previous_step,
             "digest": self._digest,
             "outputs": self._outputs,
+            "reference_parts": dict(self._reference_parts),
+            "modes": self._modes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,5 +276,8 @@ class KernelInstrument:
         self._previous = state["previous"]
         self._previous_step = state["previous_step"]
         self._digest = state["digest"]
+        # Checkpoints of earlier versions do not have these.
+        self._reference_parts = dict(state.get("reference_parts", {}))
+        self._modes.load_state_dict(state.get("modes"))
         if self.outputs == "auto":
             self._outputs = state["outputs"]

@@ -1,7 +1,7 @@
 """The scalars of one kernel, beside the first kernel and the one before."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
@@ -12,6 +12,10 @@ from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.dynamics.stability import learning_rate_limit
 from ntk_callbacks.engine.spectral import kernel_eigenvalues
+from ntk_callbacks.instruments.kernel_loss import LossTerms, loss_terms
+from ntk_callbacks.instruments.kernel_modes import MODES, ResidualModes
+from ntk_callbacks.instruments.kernel_source import KernelSource
+from ntk_callbacks.instruments.kernel_stability import StabilityLimit
 from ntk_callbacks.layout import as_matrix, widened
 
 
@@ -25,6 +29,10 @@ class KernelView:
         previous: Θ of the previous measurement; None at the first.
         steps: Updates since the previous measurement.
         targets: Targets of the probe, or None.
+        parts: Θₜ by part, if it is split.
+        reference_parts: Θ₀ by part, where a metric needs it.
+        source: What was measured: the model, for what a kernel does not tell.
+        modes: The residual in the top modes of the kernel before.
     """
 
     ntk: Kernel
@@ -32,6 +40,10 @@ class KernelView:
     previous: Kernel | None
     steps: int
     targets: Tensor | None
+    parts: Mapping[str, Kernel] = field(default_factory=dict)
+    reference_parts: Mapping[str, Kernel] = field(default_factory=dict)
+    source: KernelSource | None = None
+    modes: ResidualModes | None = None
 
     @cached_property
     def eigenvalues(self) -> Tensor:
@@ -46,20 +58,68 @@ class KernelView:
         return self.ntk.mean(-1) if self.ntk.ndim == 3 else self.ntk
 
     @property
-    def by_class(self) -> Tensor:
-        """Traced kernel, its examples sorted by class where classes are known."""
+    def classes(self) -> Tensor | None:
+        """One class for each example, (n,), if the targets are classes."""
         targets = self.targets
         if (
             targets is None
             or targets.is_floating_point()
             or targets.numel() != len(targets)
         ):
+            return None
+        return targets.reshape(-1)
+
+    @property
+    def by_class(self) -> Tensor:
+        """Traced kernel, its examples sorted by class where classes are known."""
+        if self.classes is None:
             return self.traced
-        order = targets.reshape(-1).argsort(stable=True).to(self.traced.device)
+        order = self.classes.argsort(stable=True).to(self.traced.device)
         return self.traced[order][:, order]
 
+    @cached_property
+    def loss(self) -> LossTerms | None:
+        """The loss at the outputs now; None unless all outputs are kept."""
+        if self.source is None or self.ntk.ndim != 4:
+            return None
+        return loss_terms(self.source.outputs(), self.targets, self.source.loss)
 
-KernelMetric: TypeAlias = Callable[[KernelView], Tensor | float | None]
+    @cached_property
+    def stability(self) -> StabilityLimit | None:
+        """Where the optimizers become unstable, as far as that is known."""
+        return None if self.source is None else self.source.stability()
+
+    @cached_property
+    def sharpness(self) -> Tensor | float | None:
+        """λ_max of s Bᵀ J P⁻¹ Jᵀ B; None without a loss, NaN while P is not known."""
+        if self.source is None or self.loss is None:
+            return None
+        edge, kernel = self.stability, self.ntk
+        if edge is not None and not edge.seen:
+            return torch.nan
+        if edge is not None and edge.scaling is not None:
+            kernel = self.source.kernel(scaling=edge.scaling)
+        return self.loss.scale * kernel_eigenvalues(self.loss.weighted(kernel))[0]
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """Eigenvectors of the largest eigenvalues of Θₜ, (m, k), float64."""
+        return _top_directions(self.ntk)
+
+    @cached_property
+    def reference_directions(self) -> Tensor:
+        """Those of Θ₀."""
+        return _top_directions(self.reference)
+
+
+def _top_directions(kernel: Kernel) -> Tensor:
+    matrix = as_matrix(kernel)
+    return metrics.top_directions(matrix, min(MODES, len(matrix)))
+
+
+Found: TypeAlias = Tensor | float | None
+KernelMetric: TypeAlias = Callable[[KernelView], Found | Mapping[str, Found]]
+"""A number, a matrix, or `{end of a tag: number}`; None where it has no meaning."""
 
 
 def _trace(view: KernelView) -> Tensor:
@@ -138,30 +198,3 @@ METRICS: dict[str, KernelMetric] = {
     "max_learning_rate": _max_learning_rate,
 }
 """Name -> scalar of a kernel; None where the quantity has no meaning."""
-
-
-def chosen_metrics(
-    wanted: Sequence[str] | Mapping[str, KernelMetric] | None,
-) -> dict[str, KernelMetric]:
-    """The metrics that a user asks for.
-
-    Args:
-        wanted: None for all, names of some, or a mapping of the user's own.
-
-    Returns:
-        Name -> function.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
-    if wanted is None:
-        return METRICS
-    if isinstance(wanted, Mapping):
-        return dict(wanted)
-    unknown = [name for name in wanted if name not in METRICS]
-    if unknown:
-        raise ValueError(
-            f"NTKMonitor: unknown metrics {unknown}; expected some of "
-            f"{', '.join(METRICS)}, or a mapping name -> function of a KernelView."
-        )
-    return {name: METRICS[name] for name in wanted}

@@ -1,0 +1,139 @@
+"""Which sharpness an optimizer can stand, and what it takes for the kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from ntk_callbacks._types import ParameterFilter
+from ntk_callbacks.dynamics.optimizer_scaling import SCALINGS, optimizer_scaling
+from ntk_callbacks.dynamics.stability import learning_rate_limit
+from ntk_callbacks.functional import select_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class StabilityLimit:
+    """Where the edge of stability lies for λ_max(J P⁻¹ Jᵀ), weighted by the curvature.
+
+    Attributes:
+        limit: Gradient descent on a quadratic loss diverges above it.
+        scaling: P⁻¹ by parameter, η P⁻¹ the rates of the optimizer; None for the
+            identity.
+        seen: Whether P is known: adaptive optimizers have none before their first step.
+    """
+
+    limit: float
+    scaling: dict[str, float | Tensor] | None = None
+    seen: bool = True
+
+
+def stability_limit(
+    optimizers: Sequence[Optimizer], model: nn.Module, parameters: ParameterFilter
+) -> StabilityLimit | None:
+    """The edge of stability of optimizers at their learning rates now.
+
+    2/η for gradient descent, 2(1 + β)/η with a heavy ball, 2(1 + β)/((1 + 2β) η) with
+    Nesterov's momentum, (2 + 2β₁)/((1 − β₁) η) for Adam and AdamW, whose momentum is a
+    mean. η is the largest of the rates of all groups, and P⁻¹ the rates relative to it;
+    dampening makes η smaller. Weight decay is not counted.
+
+    Args:
+        optimizers: All that train the measured parameters.
+        model: The module that is trained.
+        parameters: Which are measured, as in `empirical_ntk`.
+
+    Returns:
+        None if no optimizer is known, one has no rule in `optimizer_scaling` or climbs
+        instead of descending, or groups differ in their momentum.
+
+    References:
+        Cohen et al. 2021, arXiv:2103.00065; 2022, arXiv:2207.14484 (Adam).
+    """
+    names = select_parameters(model, parameters)
+    measured = {id(model.get_parameter(name)) for name in names}
+    used = [
+        (optimizer, group, {id(p) for p in group["params"]} & measured)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    used = [(optimizer, group, held) for optimizer, group, held in used if held]
+    if not used or any(_unknown(optimizer, group) for optimizer, group, _ in used):
+        return None
+    limits = {_limit(optimizer, group) for optimizer, group, _ in used}
+    units = {_unit(optimizer, group) for optimizer, group, _ in used}
+    if len(limits) > 1:
+        return None
+    unit = max(units)
+    limit = limits.pop() / unit if unit else float("inf")
+    held = set().union(*(held for _, _, held in used))
+    plain = all(type(optimizer) is SGD for optimizer, _, _ in used)
+    if plain and len(units) == 1 and held == measured:
+        return StabilityLimit(limit)
+    if not unit:
+        return StabilityLimit(limit, seen=False)
+    scaling: dict[str, float | Tensor] = dict.fromkeys(names, 0.0)
+    for optimizer in {id(optimizer): optimizer for optimizer, _, _ in used}.values():
+        try:
+            rates = optimizer_scaling(optimizer, model, parameters=parameters)
+        except ValueError:  # adaptive, before its first step
+            return StabilityLimit(limit, seen=False)
+        for name, rate in rates.items():
+            scaling[name] = scaling[name] + rate / unit
+    return StabilityLimit(limit, scaling)
+
+
+def descent_rate(optimizers: Sequence[Optimizer]) -> float | None:
+    """The learning rate of gradient descent with constant gradients.
+
+    η (1 − dampening)/(1 − β) for SGD with momentum β, which adds up past gradients.
+
+    Args:
+        optimizers: All that train.
+
+    Returns:
+        None unless there is one optimizer, of type SGD, with equal rates in all groups.
+    """
+    if len(optimizers) != 1 or type(optimizers[0]) is not SGD:
+        return None
+    (optimizer,) = optimizers
+    if any(_unknown(optimizer, group) for group in optimizer.param_groups):
+        return None
+    rates = {_unit(optimizer, group) for group in optimizer.param_groups}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def unwrapped(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """The optimizers inside those of Lightning and Fabric."""
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+
+
+def _unknown(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether nothing is known of the optimizer's stability."""
+    climbs = bool(group.get("maximize"))
+    return type(optimizer) not in SCALINGS or climbs or _momentum(optimizer, group) >= 1
+
+
+def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    if type(optimizer) in (Adam, AdamW):
+        return float(group["betas"][0])
+    return float(group.get("momentum", 0.0))
+
+
+def _unit(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """What `optimizer_scaling` multiplies P⁻¹ with."""
+    rate, beta = float(group["lr"]), _momentum(optimizer, group)
+    if type(optimizer) is SGD:
+        return rate * (1 - float(group["dampening"]) if beta else 1.0) / (1 - beta)
+    return rate / (1 - beta) if type(optimizer) is RMSprop else rate
+
+
+def _limit(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Largest stable λ_max(J Λ Jᵀ) with Λ as in `optimizer_scaling`."""
+    beta = _momentum(optimizer, group)
+    nesterov = bool(group.get("nesterov", False))
+    one = torch.ones((), dtype=torch.float64)
+    limit = learning_rate_limit(one, momentum=beta, nesterov=nesterov)
+    return float(limit) / (1 - beta)
