@@ -13,23 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 
-from ntk_callbacks.experiments.arguments import (
-    argument_names,
-    choices,
-    wrong_arguments,
+from ntk_callbacks.cli_errors import (
+    ConfigurationError,
+    conf_dir,
+    explained,
+    explanation,
 )
+from ntk_callbacks.experiments.arguments import choices, wrong_arguments
 from ntk_callbacks.experiments.resume import (
     CHECKPOINTS,
     LAST,
@@ -43,23 +39,8 @@ if TYPE_CHECKING:
 KEYS = (
     *("model", "data", "task", "optimizer", "trainer", "callbacks", "logger"),
     *("checkpoint", "name", "seed", "ckpt", "run_dir"),
+    *("study", "check", "scale", "scales", "strict"),
 )
-
-
-class ConfigurationError(ValueError):
-    """The run cannot start as configured; the message names the key and the remedy."""
-
-
-def conf_dir() -> Path:
-    """Directory of the configuration.
-
-    Returns:
-        `conf/` of the checkout if the package lies in one, else the copy that the wheel
-        carries inside the package.
-    """
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "conf"
-    return checkout if (checkout / "train.yaml").is_file() else package / "conf"
 
 
 def main() -> None:
@@ -70,6 +51,8 @@ def main() -> None:
         from ntk_callbacks.experiments.run import train
 
         try:
+            if config.study is not None:
+                return study(config)
             run = build(config)
         except ConfigurationError as error:
             if traceback == "1":
@@ -88,7 +71,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if traceback == "1":
             raise
-        sys.exit(f"ntk-train: {_explain(error)}")
+        sys.exit(f"ntk-train: {explanation(error)}")
     except KeyboardInterrupt:  # during training Lightning answers it
         print("ntk-train: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -119,14 +102,30 @@ def build(config: DictConfig) -> "Run":
     Raises:
         ConfigurationError: If a key, a value, a file or a package is wrong or missing.
     """
-    try:
+    with explained():
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         _check(plain)
         return _build(plain)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explain(error)) from error
-    except (ValueError, OSError, ImportError) as error:
-        raise ConfigurationError(str(error)) from error
+
+
+def study(config: DictConfig) -> float | None:
+    """Run an experiment that is a study.
+
+    Args:
+        config: The composed configuration.
+
+    Returns:
+        1 if all checks hold, else 0.
+
+    Raises:
+        ConfigurationError: If a key, a value or a package is wrong or missing.
+    """
+    from ntk_callbacks.cli_study import run
+
+    with explained():
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        _check(plain)
+        return run(plain, [*HydraConfig.get().overrides.task])
 
 
 def _build(config: dict[str, Any]) -> "Run":
@@ -223,61 +222,6 @@ def _nodes(config: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield path, config
         for key, value in config.items():
             yield from _nodes(value, f"{path}.{key}" if path else str(key))
-
-
-def _explain(error: Exception) -> str:
-    """What went wrong in Hydra or OmegaConf, with the valid names."""
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option} does not exist{choices(option, error.options)}"
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _explain_key(cause)
-    if isinstance(error, InstantiationException) and cause is not None:
-        _, _, path = str(error).rpartition("full_key: ")
-        return f"{path}: {cause}" if "full_key: " in str(error) else str(cause)
-    if isinstance(error, InterpolationResolutionError):
-        return _explain_interpolation(error)
-    return str(error)
-
-
-def _explain_interpolation(error: OmegaConfBaseException) -> str:
-    """The sentence of our resolver, or that of OmegaConf without its own terms."""
-    inner: BaseException | None = error
-    while isinstance(inner, OmegaConfBaseException):
-        inner = inner.__cause__ or inner.__context__
-    if isinstance(inner, ValueError | OSError):
-        return str(inner)
-    sentence = str(error).partition("\n    full_key: ")[0]
-    sentence = sentence.rpartition("raised while resolving interpolation: ")[2]
-    return f"{error.full_key}: {sentence}" if error.full_key else sentence
-
-
-def _explain_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    node, key = error.parent_node, str(error.key)
-    if not isinstance(node, DictConfig):
-        return str(error)
-    path = str(error.full_key).rpartition(".")[0]
-    valid = [str(k) for k in node if not str(k).startswith("_")]
-    if not path:
-        groups = sorted(p.name for p in conf_dir().iterdir() if p.is_dir())
-        valid = sorted({*valid, *groups} - {"hydra"})
-    elif "_target_" in node:
-        names = argument_names(get_object(node["_target_"]))
-        if key in names:
-            wrong = wrong_arguments(get_object(node["_target_"]), _overrides(path, key))
-            unset = f"{path} does not set {key} by default, write +{error.full_key}=…"
-            return " Also, ".join([unset, *wrong])
-        valid += [name for name in names if name not in valid]
-    return f"{error.full_key} does not exist{choices(key, valid)}"
-
-
-def _overrides(path: str, key: str) -> dict[str, Any]:
-    """What the command line says for a key; empty if nothing, or a sweep."""
-    words = [word for word in sys.argv[1:] if word.startswith(f"{path}.{key}=")]
-    found = OverridesParser.create().parse_overrides(words)
-    values = [word.value() for word in found if not word.is_sweep_override()]
-    return {key: values[-1]} if values else {}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from ntk_callbacks.cli import KEYS, conf_dir, register_resolver
+from ntk_callbacks.cli import KEYS, register_resolver
+from ntk_callbacks.cli_errors import conf_dir
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))

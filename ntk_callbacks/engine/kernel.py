@@ -1,6 +1,8 @@
 """The empirical neural tangent kernel of any module."""
 
 import logging
+from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch import nn
@@ -27,6 +29,40 @@ from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.guard import measuring
 
 _log = logging.getLogger(__name__)
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    *,
+    outputs: Outputs = ...,
+    by: None = None,
+    parameters: ParameterFilter = ...,
+    scaling: Scaling | None = ...,
+    output_fn: OutputFunction | None = ...,
+    mode: Mode = ...,
+    route: str | Plan = ...,
+    memory_budget: int | str | None = ...,
+) -> Kernel: ...
+
+
+@overload
+def empirical_ntk(
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    *,
+    outputs: Outputs = ...,
+    by: Literal["module", "parameter"] | Mapping[str, str],
+    parameters: ParameterFilter = ...,
+    scaling: Scaling | None = ...,
+    output_fn: OutputFunction | None = ...,
+    mode: Mode = ...,
+    route: str | Plan = ...,
+    memory_budget: int | str | None = ...,
+) -> dict[str, Kernel]: ...
 
 
 def empirical_ntk(

@@ -13,6 +13,7 @@ from torch import nn
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+JOBS = "jobs"
 
 
 def run_directory(
@@ -40,7 +41,10 @@ def run_directory(
         folder = existing_checkpoint(ckpt).parent
         return folder.parent if folder.name == CHECKPOINTS else new
     pattern = f"*/{CHECKPOINTS}/{LAST}"
-    found = list(Path(outputs, name).glob(pattern))
+    found = [
+        *Path(outputs, name).glob(pattern),
+        *Path(outputs, name).glob(f"*/{JOBS}/*.json"),  # of a study
+    ]
     if not found:
         raise FileNotFoundError(
             f"ckpt=last: no run of {name!r} has a checkpoint, looked for "

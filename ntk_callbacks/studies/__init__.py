@@ -1,0 +1,22 @@
+"""Reference experiments that reproduce known results, each held to a number."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntk_callbacks.studies.lazy_width import LazyWidth
+
+__all__ = [
+    "LazyWidth",
+]
+
+# Imported when first asked for: one study needs not wait for the others.
+_LAZY = {
+    "LazyWidth": "lazy_width",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
