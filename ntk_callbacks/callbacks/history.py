@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -143,7 +144,9 @@ def conventions(
     """
     from ntk_callbacks import __version__
 
-    settings = {k: v for k, v in vars(instrument).items() if not k.startswith("_")}
+    # Not all that is public: what an instrument is handed later is no setting.
+    names = signature(type(instrument)).parameters
+    settings = {k: v for k, v in vars(instrument).items() if k in names}
     for name, value in tuple(settings.items()):
         if is_dataclass(value) and not isinstance(value, type):
             settings |= asdict(settings.pop(name))

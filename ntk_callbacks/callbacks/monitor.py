@@ -67,15 +67,16 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.when = When(as_schedule(every), self._who)
         self.history: list[tuple[int, dict[str, float]]] = []
         """(step, {tag: value}) of every measurement of this run."""
-        self._source = probe
+        self.source = probe
+        """What to measure on, or how many training examples to draw."""
         self._settings = " ".join(stable_text(value) for value in settings)
-        self._kept = MonitorHistory(instrument, history, keep_matrices)
+        self.kept = MonitorHistory(instrument, history, keep_matrices)
         self._trainer = 0
         self._reset()
 
     def _reset(self) -> None:
         self.history.clear()
-        self._kept.restart()
+        self.kept.restart()
         self.when.restart()
         self.failures.restart()
         self._step = 0
@@ -209,10 +210,10 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
             refuse_sharded(trainer)
             with quietly(pl_module):
                 mute(pl_module)
-                if not self._started and self._source is not None:
-                    probe = probe_of(trainer, self._source)
+                if not self._started and self.source is not None:
+                    probe = probe_of(trainer, self.source)
                     self.instrument.start(probe)
-                    self._kept.probe = probe
+                    self.kept.probe = probe
                 self._started = True
                 measurement = self.instrument.measure(pl_module, self._step)
         except Exception as error:
@@ -240,7 +241,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                 [] if laid_out else names,
                 trainer.loggers,
             )
-        failures += self._kept.keep(
+        failures += self.kept.keep(
             measurement, trainer, pl_module, self._previous, self.history[:-1]
         )
         self.failures.not_taken(failures, measurement.step)
