@@ -28,7 +28,7 @@ def unscaled_gradients(trainer: Any, optimizer: Optimizer, pl_module: Any) -> Pa
         Parameter name -> gradient, before clipping.
     """
     gradients = held_gradients(pl_module, optimizer)
-    scaler = _scaler(trainer)
+    scaler = gradient_scaler(trainer)
     if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
         scale = scaler.get_scale()
         gradients = {name: g / scale for name, g in gradients.items()}
@@ -45,12 +45,13 @@ def skips_step(trainer: Any, gradients: Params) -> bool:
     Returns:
         False wherever there is no scaler.
     """
-    if not _scaler(trainer):
+    if not gradient_scaler(trainer):
         return False
     return not all(bool(g.isfinite().all()) for g in gradients.values())
 
 
-def _scaler(trainer: Any) -> Any:
+def gradient_scaler(trainer: Any) -> Any:
+    """The scaler of half-precision gradients; None if there is none in use."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
 
@@ -73,8 +74,9 @@ def clipped_by_trainer(
     Raises:
         UnsupportedModelError: If the module clips in its own way on several processes.
     """
-    if not pl_module.automatic_optimization:
-        return gradients  # the module clips them before it steps
+    # Whoever steps by hand has clipped by now, and so has a trainer of another library.
+    if not getattr(pl_module, "automatic_optimization", False):
+        return gradients
     limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if not _clips_itself(pl_module):
         if not limit:
