@@ -17,6 +17,7 @@ from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.engine.signals import signal_statistics
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
+from ntk_callbacks.instruments.linearization_options import LinearizationOptions
 from ntk_callbacks.layout import as_matrix
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.reporting.history import load_history
@@ -24,6 +25,7 @@ from ntk_callbacks.reporting.history import load_history
 if TYPE_CHECKING:
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
     from ntk_callbacks.callbacks.kernel import NTKMonitor
+    from ntk_callbacks.callbacks.linearization import LinearizationMonitor
     from ntk_callbacks.callbacks.parameters import ParameterDriftMonitor
     from ntk_callbacks.callbacks.passive import assert_passive
     from ntk_callbacks.callbacks.prediction import PredictionMonitor
@@ -33,6 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "JacobianMonitor",
+    "LinearizationMonitor",
+    "LinearizationOptions",
     "NTKMonitor",
     "NTKOptions",
     "ParameterDriftMonitor",
@@ -69,6 +73,7 @@ __all__ = [
 # Imported when first asked for: Lightning takes seconds, and notebooks may not need it.
 _LAZY = {
     "JacobianMonitor": "ntk_callbacks.callbacks.jacobian",
+    "LinearizationMonitor": "ntk_callbacks.callbacks.linearization",
     "NTKMonitor": "ntk_callbacks.callbacks.kernel",
     "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
     "PredictionMonitor": "ntk_callbacks.callbacks.prediction",

@@ -12,6 +12,7 @@ from torch import nn
 from ntk_callbacks import Probe
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
+from ntk_callbacks.instruments.linearization import LinearizationInstrument
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
 from ntk_callbacks.instruments.prediction import PredictionInstrument
 from ntk_callbacks.instruments.signal import SignalInstrument
@@ -75,6 +76,9 @@ def test_the_table_names_every_scalar():
     ):
         instrument.start(probe)
         logged |= instrument.measure(net, 0).scalars.keys()
+    linear = LinearizationInstrument(twin=True, held_out=probe)
+    linear.start(probe)
+    logged |= linear.measure(net, 0).scalars.keys()
     signal, deep = SignalInstrument(), nn.Sequential(net, nn.Tanh(), nn.Linear(2, 2))
     signal.start(probe)
     logged |= signal.measure(deep, 0).scalars.keys()

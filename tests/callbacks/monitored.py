@@ -18,7 +18,7 @@ from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
 
 PREFIXES = (
     *("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
-    *("prediction/", "prediction_classes/", "signal/", "signal_layers/"),
+    *("prediction/", "prediction_classes/", "signal/", "signal_layers/", "linear/"),
 )
 
 
