@@ -11,10 +11,12 @@ from ntk_callbacks.dynamics import optimizer_scaling
 from ntk_callbacks.engine.density import spectral_density
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
 from ntk_callbacks.engine.kernel import empirical_ntk, plan_ntk
+from ntk_callbacks.engine.layer_jacobians import jacobian_by_depth, layer_jacobian
 from ntk_callbacks.engine.matrix_free import top_eigenpairs, trace_estimate
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.engine.signals import signal_statistics
+from ntk_callbacks.engine.state_jacobians import jacobian_by_time
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.kernel import NTKOptions
 from ntk_callbacks.instruments.linearization_options import LinearizationOptions
@@ -55,6 +57,9 @@ __all__ = [
     "every",
     "input_jacobian",
     "input_singular_values",
+    "jacobian_by_depth",
+    "jacobian_by_time",
+    "layer_jacobian",
     "learning_rate_change",
     "load_history",
     "log_spaced",

@@ -71,7 +71,7 @@ def test_the_table_names_every_scalar():
         KernelInstrument(),
         KernelInstrument(outputs="matrix-free"),
         ParameterDriftInstrument(per_tensor=False),
-        JacobianInstrument(),
+        JacobianInstrument(by="depth"),
         prediction,
     ):
         instrument.start(probe)

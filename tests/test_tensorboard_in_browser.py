@@ -55,6 +55,7 @@ SCALARS = {
     "params_tensors/displacement/net.2.weight": PARAMS_STEPS,
     "params/path_length": PARAMS_STEPS,
     "jacobian/condition_number": JACOBIAN_STEPS,
+    "jacobian/isometry_gap": JACOBIAN_STEPS,
     "jacobian/log_std": JACOBIAN_STEPS,
     "jacobian/mean_square": JACOBIAN_STEPS,
     "jacobian/singular_value_max": JACOBIAN_STEPS,

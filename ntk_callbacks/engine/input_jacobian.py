@@ -99,6 +99,39 @@ def input_singular_values(
         return torch.cat([singular_values(block) for block in blocks])
 
 
+def input_jacobian_shape(
+    model: nn.Module,
+    x: Inputs,
+    *,
+    output_fn: OutputFunction | None = None,
+    mode: Mode = "eval",
+) -> tuple[int, int]:
+    """Sizes c and d of the Jacobian ∂f/∂x of one example, by one forward pass.
+
+    Args:
+        model: Any module; left exactly as it was.
+        x: n inputs, as in `input_jacobian`.
+        output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
+        mode: `"eval"` or `"train"`.
+
+    Returns:
+        Numbers of outputs and of floating inputs.
+
+    Raises:
+        ValueError: If there is no example.
+        UnsupportedModelError: If no input is floating.
+    """
+    with measuring(model, mode):
+        function = ModelFunction(
+            model, output_fn=output_fn, parameters=_every_parameter
+        )
+        x = function.prepare(x)
+        if batch_size(x) == 0:
+            raise ValueError("input_jacobian: the inputs hold no example.")
+        d = sum(tensor[0].numel() for tensor in _floating(x))
+        return forward(function, x).shape[1], d
+
+
 def _jacobian_blocks(
     model: nn.Module,
     x: Inputs,

@@ -18,6 +18,7 @@ from ntk_callbacks.metrics.drift import (
 from ntk_callbacks.metrics.spectrum import (
     condition_number,
     entropy_rank,
+    isometry_gap,
     log_std,
     mean_square,
     participation_ratio,
@@ -35,6 +36,7 @@ __all__ = [
     "cosine_similarity",
     "displacement",
     "entropy_rank",
+    "isometry_gap",
     "kernel_distance",
     "log_std",
     "mean_square",

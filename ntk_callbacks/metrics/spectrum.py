@@ -130,6 +130,31 @@ def log_std(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     return singular_values.log().std(correction=0)
 
 
+def isometry_gap(singular_values: Float[Tensor, "*n r"]) -> Float[Tensor, "*n"]:
+    """Distance from an isometry up to scale, maxᵢ |sᵢ²/⟨s²⟩ − 1|.
+
+    The spectral norm of J Jᵀ/⟨s²⟩ − 1 on the smaller side of J; scale-free like
+    `log_std`, but decided by the worst direction alone.
+
+    Args:
+        singular_values: The r = min(c, d) values of each of any number of Jacobians.
+
+    Returns:
+        For each Jacobian a value in [0, r − 1]: 0 if all values are equal, r − 1 for a
+        matrix of rank one; NaN if all are zero.
+
+    Raises:
+        ValueError: If there is no value.
+
+    Example:
+        >>> isometry_gap(torch.tensor([[1.0, 1.0], [3.0, 1.0]]))
+        tensor([0.0000, 0.8000])
+    """
+    _refuse_empty(singular_values)
+    squares = singular_values.square()
+    return (squares / squares.mean(-1, keepdim=True) - 1).abs().amax(-1)
+
+
 def _refuse_empty(values: Tensor) -> None:
     if values.numel() == 0:
         raise ValueError("a spectrum needs at least one value, got none.")

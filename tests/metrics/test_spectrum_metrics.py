@@ -8,6 +8,7 @@ import torch
 from ntk_callbacks.metrics import (
     condition_number,
     entropy_rank,
+    isometry_gap,
     log_std,
     mean_square,
     participation_ratio,
@@ -106,6 +107,21 @@ def test_mean_square():
     expected = (jacobian**2).sum() / 4
     assert mean_square(values).item() == pytest.approx(expected.item(), rel=1e-12)
     assert mean_square(values.view(2, 2)) == mean_square(values)
+
+
+def test_isometry_gap_is_the_norm_of_what_is_left_of_the_gram_matrix():
+    torch.manual_seed(0)
+    jacobians = torch.randn(3, 4, 6, dtype=torch.float64)
+    gram = jacobians @ jacobians.mT
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    expected = torch.linalg.matrix_norm(gram / scale - torch.eye(4), ord=2)
+    found = isometry_gap(torch.linalg.svdvals(jacobians))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert isometry_gap(spectrum(2, 2, 2)) == 0
+    assert isometry_gap(spectrum(5, 0, 0, 0)) == 3  # rank one: r − 1
+    assert isometry_gap(spectrum(0, 0)).isnan()
+    with pytest.raises(ValueError, match="at least one value"):
+        isometry_gap(torch.zeros(2, 0))
 
 
 def test_log_std():
