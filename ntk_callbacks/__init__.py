@@ -9,6 +9,7 @@ from ntk_callbacks.callbacks.events import learning_rate_change, loss_spike
 from ntk_callbacks.callbacks.schedule import at, every, log_spaced
 from ntk_callbacks.dynamics import optimizer_scaling
 from ntk_callbacks.engine.density import spectral_density
+from ntk_callbacks.engine.features import conjugate_kernel, layer_features
 from ntk_callbacks.engine.input_jacobian import input_jacobian, input_singular_values
 from ntk_callbacks.engine.kernel import empirical_ntk, plan_ntk
 from ntk_callbacks.engine.layer_jacobians import jacobian_by_depth, layer_jacobian
@@ -25,6 +26,7 @@ from ntk_callbacks.probe import Probe
 from ntk_callbacks.reporting.history import load_history
 
 if TYPE_CHECKING:
+    from ntk_callbacks.callbacks.features import FeatureMonitor
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
     from ntk_callbacks.callbacks.kernel import NTKMonitor
     from ntk_callbacks.callbacks.linearization import LinearizationMonitor
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeatureMonitor",
     "JacobianMonitor",
     "LinearizationMonitor",
     "LinearizationOptions",
@@ -51,6 +54,7 @@ __all__ = [
     "assert_passive",
     "at",
     "capped",
+    "conjugate_kernel",
     "dynamics",
     "either",
     "empirical_ntk",
@@ -60,6 +64,7 @@ __all__ = [
     "jacobian_by_depth",
     "jacobian_by_time",
     "layer_jacobian",
+    "layer_features",
     "learning_rate_change",
     "load_history",
     "log_spaced",
@@ -77,6 +82,7 @@ __all__ = [
 
 # Imported when first asked for: Lightning takes seconds, and notebooks may not need it.
 _LAZY = {
+    "FeatureMonitor": "ntk_callbacks.callbacks.features",
     "JacobianMonitor": "ntk_callbacks.callbacks.jacobian",
     "LinearizationMonitor": "ntk_callbacks.callbacks.linearization",
     "NTKMonitor": "ntk_callbacks.callbacks.kernel",

@@ -156,6 +156,15 @@ def test_signals_follow_the_maps_of_mean_field_theory(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lazy_network_keeps_its_features_and_patterns(tmp_path):
+    output = run(EXAMPLES / "features_while_training.py", tmp_path)
+    rows = re.findall(r"^ *(\d+) +(rich|lazy)" + r" +(\S+)" * 4 + "$", output, re.M)
+    (rich, lazy) = (
+        [float(value) for value in row[3:]] for row in rows if row[0] == "200"
+    )
+    assert all(moved > 3 * stayed for moved, stayed in zip(rich, lazy, strict=True))
+
+
 def test_networks_at_the_edge_of_chaos_have_the_spectra_predicted(tmp_path):
     output = run(EXAMPLES / "edge_of_chaos.py", tmp_path)
     assert re.search(r"^σ_b 0\.60  \.+#\*+$", output, re.MULTILINE)
@@ -238,5 +247,6 @@ def test_every_example_is_run():
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
+        "features_while_training",
         *("signal_by_depth", "edge_of_chaos", "lazy_twin"),
     }

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from ntk_callbacks import Probe
+from ntk_callbacks.instruments.features import FeatureInstrument
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
 from ntk_callbacks.instruments.linearization import LinearizationInstrument
@@ -82,6 +83,10 @@ def test_the_table_names_every_scalar():
     signal, deep = SignalInstrument(), nn.Sequential(net, nn.Tanh(), nn.Linear(2, 2))
     signal.start(probe)
     logged |= signal.measure(deep, 0).scalars.keys()
+    features = FeatureInstrument()
+    features.start(probe)
+    gated = nn.Sequential(net, nn.ReLU(), nn.Linear(2, 2))
+    logged |= features.measure(gated, 0).scalars.keys()
     assert named == logged
 
 

@@ -18,6 +18,7 @@ from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
 
 PREFIXES = (
     *("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
+    *("features/", "features_layers/"),
     *("jacobian_layers/", "jacobian_time/"),
     *("prediction/", "prediction_classes/", "signal/", "signal_layers/", "linear/"),
 )
