@@ -61,13 +61,15 @@ def main(fast: bool) -> None:
 
     print("      distance to the linearized     images read right by regression with")
     print("step   network       twin       the network   the kernel at first   now")
+    shown = (
+        *("output_distance", "twin_output_distance", "network_accuracy"),
+        *("initial_kernel_accuracy", "after_kernel_accuracy"),
+    )
     for step, found in monitor.history:
-        away, twin, right, first, now = (
-            found[f"linear/{which}"]
-            for which in ("output_distance", "twin_output_distance", "network_accuracy")
-            + ("initial_kernel_accuracy", "after_kernel_accuracy")
+        away, twin, right, first, now = (found[f"linear/{which}"] for which in shown)
+        print(
+            f"{step:4} {away:9.3f} {twin:10.3f} {right:16.3f} {first:17.3f} {now:9.3f}"
         )
-        print(f"{step:4} {away:9.3f} {twin:10.3f} {right:17.3f} {first:17.3f} {now:9.3f}")
     parted = monitor.history[-1][1]["linear/parting_step"]
     print(f"network and linearization parted at step {parted:.0f}")
 

@@ -25,7 +25,7 @@ def kernel_accuracy(
     """Accuracy on held-out examples of kernel regression from the others.
 
     argmax over the classes of Θ(held out, probe) (Θ(probe, probe) + ρ·1)⁻¹ Y, with Y
-    the one-hot labels less their mean 1/c, and ρ = ridge·tr Θ(probe, probe)/n: in units
+    the one-hot labels less 1/c (which moves no argmax), and ρ = ridge·tr Θ(probe, probe)/n: in units
     of the mean eigenvalue, so that it means the same for a kernel that has grown.
 
     Args:
