@@ -25,8 +25,9 @@ def kernel_accuracy(
     """Accuracy on held-out examples of kernel regression from the others.
 
     argmax over the classes of Θ(held out, probe) (Θ(probe, probe) + ρ·1)⁻¹ Y, with Y
-    the one-hot labels less 1/c (which moves no argmax), and ρ = ridge·tr Θ(probe, probe)/n: in units
-    of the mean eigenvalue, so that it means the same for a kernel that has grown.
+    the one-hot labels less 1/c (which moves no argmax). The ridge is in units of the
+    mean eigenvalue, ρ = ridge·tr Θ(probe, probe)/n, so that it means the same for a
+    kernel that has grown.
 
     Args:
         ntk: Traced kernel of the n examples of the probe, then the held-out ones.
