@@ -1,7 +1,7 @@
 """Where a monitor keeps its measurements besides the loggers, and what they mean."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from inspect import signature
 from os import PathLike
@@ -16,7 +16,9 @@ from ntk_callbacks.callbacks.precautions import stable_text
 from ntk_callbacks.instruments.instrument import Instrument
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
+from ntk_callbacks.reporting.history import load_history
 from ntk_callbacks.reporting.history_file import FOLDER, HistoryFile
+from ntk_callbacks.reporting.over_time import LOGARITHMS, draw_over_time
 
 History: TypeAlias = bool | str | PathLike[str]
 
@@ -52,6 +54,7 @@ class MonitorHistory:
         """Another run begins, or one goes on from a checkpoint."""
         self._file: HistoryFile | None = None
         self._off = False
+        self._spectra: list[str] = []
 
     def keep(
         self,
@@ -87,10 +90,28 @@ class MonitorHistory:
                 meaning = conventions(self.instrument, self.probe, pl_module)
                 self._file.conventions = meaning
             self._file.append(measurement, after, earlier)
+            self._spectra = [t for t in measurement.vectors if t.endswith(LOGARITHMS)]
         except Exception as error:  # a full disk, a read-only folder, an odd logger
             self._off = True
             return [(f"the history in {folder}", error)]
         return []
+
+    def draw(self, loggers: Iterable[Any]) -> list[tuple[str, Exception]]:
+        """Log images of what was kept, when a run ends: spectra over the steps.
+
+        Args:
+            loggers: Those of the trainer.
+
+        Returns:
+            Empty, or what failed and why.
+        """
+        if self._file is None or self._off or not self._spectra:
+            return []
+        try:
+            history = load_history(self._file.folder)
+            return draw_over_time(history, self._spectra, loggers)
+        except Exception as error:  # a folder that was moved or altered meanwhile
+            return [(f"the history in {self._file.folder}", error)]
 
 
 def run_folder(trainer: Any, target: History = True) -> Path | None:

@@ -182,11 +182,12 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the last step if another callback stopped the run after ours."""
-        if self._measured == self._step or self._last_weights is None:
-            return
+        missed = self._measured != self._step and self._last_weights is not None
         # Weight-averaging callbacks put other weights into the module at this point.
-        if weight_sums(pl_module) == self._last_weights:
+        if missed and weight_sums(pl_module) == self._last_weights:
             self._measure(trainer, pl_module, scheduled=False)
+        if self._active(trainer):
+            self.failures.not_taken(self.kept.draw(trainer.loggers), self._step)
 
     def _measure_if_due(self, trainer: Any, pl_module: Any, ends_epoch: bool) -> None:
         if self._measured == self._step:
