@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -65,7 +66,10 @@ HISTOGRAMS = {
     "ntk/eigenvalues_log10": NTK_STEPS,
     "jacobian/singular_values_log10": JACOBIAN_STEPS,
 }
-IMAGES = {"ntk/kernel": NTK_STEPS}
+IMAGES = {
+    "ntk/kernel": NTK_STEPS,
+    **{f"{tag}_over_time": [6] for tag in HISTOGRAMS},
+}
 CLASSES = torch.tensor([2, 0, 1, 0, 2, 1, 1, 0, 2, 0])  # in no order, of unequal sizes
 PATIENCE = 60  # seconds a page or a server may take on a busy machine
 
@@ -259,6 +263,26 @@ def server(run, tmp_path_factory):
 def images_of(url, tag):
     address = f"{url}/data/plugin/images/images"
     return json.loads(get(address, run=".", tag=tag, sample=0))
+
+
+def test_the_layout_is_written_once_and_every_chart_finds_a_curve(run, server):
+    written = run.events.Tensors("custom_scalars__config__")
+    assert len(written) == 1
+    layout = json.loads(get(f"{server}/data/plugin/custom_scalars/layout"))
+    assert [category["title"] for category in layout["category"]] == [
+        *("spectrum", "drift", "isometry", "cost")
+    ]
+    tags = run.events.Tags()["scalars"]
+    drawn = {
+        pattern: [tag for tag in tags if re.match(pattern, tag)]
+        for category in layout["category"]
+        for chart in category["chart"]
+        for pattern in chart["multiline"]["tag"]
+    }
+    on_demand = {pattern for pattern, found in drawn.items() if not found}
+    assert all("sharpness" in pattern for pattern in on_demand), on_demand
+    shown = {tag for found in drawn.values() for tag in found}
+    assert {tag for tag in SCALARS if "_tensors/" not in tag} <= shown
 
 
 @pytest.mark.parametrize(
