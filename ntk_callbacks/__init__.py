@@ -27,6 +27,7 @@ from ntk_callbacks.reporting.history import load_history
 
 if TYPE_CHECKING:
     from ntk_callbacks.callbacks.features import FeatureMonitor
+    from ntk_callbacks.callbacks.hugging_face import NTKTrainerCallback
     from ntk_callbacks.callbacks.jacobian import JacobianMonitor
     from ntk_callbacks.callbacks.kernel import NTKMonitor
     from ntk_callbacks.callbacks.linearization import LinearizationMonitor
@@ -44,6 +45,7 @@ __all__ = [
     "LinearizationOptions",
     "NTKMonitor",
     "NTKOptions",
+    "NTKTrainerCallback",
     "ParameterDriftMonitor",
     "Plan",
     "PredictionMonitor",
@@ -63,8 +65,8 @@ __all__ = [
     "input_singular_values",
     "jacobian_by_depth",
     "jacobian_by_time",
-    "layer_jacobian",
     "layer_features",
+    "layer_jacobian",
     "learning_rate_change",
     "load_history",
     "log_spaced",
@@ -86,6 +88,7 @@ _LAZY = {
     "JacobianMonitor": "ntk_callbacks.callbacks.jacobian",
     "LinearizationMonitor": "ntk_callbacks.callbacks.linearization",
     "NTKMonitor": "ntk_callbacks.callbacks.kernel",
+    "NTKTrainerCallback": "ntk_callbacks.callbacks.hugging_face",
     "ParameterDriftMonitor": "ntk_callbacks.callbacks.parameters",
     "PredictionMonitor": "ntk_callbacks.callbacks.prediction",
     "SignalMonitor": "ntk_callbacks.callbacks.signal",
