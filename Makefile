@@ -3,11 +3,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast lint bench bench-rivals clean
+.PHONY: demo experiments test test-fast lint bench bench-rivals clean
 
 ## Train a small network on real images with the three monitors (about a minute).
 demo: .venv/.run
 	$(BIN)/ntk-train experiment=mlp
+
+## Every study that reproduces a known result, and the table of what they find (within an
+## hour on two cores); what was finished before is not run again.
+experiments: .venv/.run
+	$(BIN)/ntk-experiments
 
 ## Every test, the slow ones included.
 test: .venv/.dev

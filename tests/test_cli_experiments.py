@@ -1,0 +1,75 @@
+"""All studies from one command, and the table it prints."""
+
+import sys
+
+import pytest
+
+from ntk_callbacks import cli_experiments
+from ntk_callbacks.cli_experiments import Finished, main, study_names, table
+
+
+@pytest.fixture
+def ntk_experiments(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["ntk-experiments", *words])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def finished(name="some", *, passed=True, measured=0.51234, checks=2):
+    check = {"name": "slope", "measured": measured, "expected": "0.5 ± 0.1"}
+    found = {"seconds": 90.0, "checks": [check | {"passed": passed}] * checks}
+    return Finished(name, cli_experiments.Path("folder"), found, "said")
+
+
+def test_table_of_checked_numbers():
+    rows = table([finished(), finished("other", passed=False, checks=1)])
+    assert rows.splitlines()[2:] == [
+        "| `ntk-train experiment=some` | 1.5 | slope | 0.5 ± 0.1 | 0.5123 | ok |",
+        "|  |  | slope | 0.5 ± 0.1 | 0.5123 | ok |",
+        "| `ntk-train experiment=other` | 1.5 | slope | 0.5 ± 0.1 | 0.5123 "
+        "| **failed** |",
+    ]
+    nothing = Finished("none", cli_experiments.Path("folder"), None, "")
+    assert table([nothing]).endswith("| | | | | **no result** |")
+
+
+def test_studies_are_found():
+    assert "lazy_width" in study_names()
+    assert "mlp" not in study_names()
+
+
+def test_study_that_fails_its_checks_is_an_error(ntk_experiments, capsys):
+    words = ["lazy_width", "--set", "scale=smoke", "--set", "seed=1"]
+    with pytest.raises(SystemExit) as stop:
+        ntk_experiments(*words)
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert "1/1  lazy_width  FAILED" in said
+    assert "| hidden_slope | -1 ± 0.1 |" in said
+    assert "is there already" not in said
+    # It goes on in the same folder.
+    with pytest.raises(SystemExit):
+        ntk_experiments(*words)
+    assert "2/2  width=16,seed=0  is there already" in capsys.readouterr().out
+
+
+def test_all_that_pass_end_well(ntk_experiments, monkeypatch):
+    monkeypatch.setattr(cli_experiments, "run_one", lambda name, *_: finished(name))
+    said = ntk_experiments("--at-once", "3", "--folder", "here")
+    assert said.count("  ok\n") == len(study_names())
+    assert "Figures: here/<name>/figure.png" in said
+
+
+def test_wrong_words(ntk_experiments, capsys):
+    for words in (["lazy_widht"], ["--at-once", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            ntk_experiments(*words)
+        assert stop.value.code == 2
+    assert "no such study: lazy_widht; there are " in "".join(
+        str(part) for part in [capsys.readouterr().err]
+    )
