@@ -221,6 +221,29 @@ def test_trainer_example_is_short_and_monitoring_is_one_line_of_it():
     ]
 
 
+def test_modes_of_a_kernel_decay_as_it_predicts(tmp_path):
+    output = run(EXAMPLES / "kernel_in_depth.py", tmp_path)
+    rows = re.findall(r"^ +(\d+) +([128]) +(\S+) \((\S+)\)", output, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [
+        5,
+        5,
+        5,
+        10,
+        10,
+        10,
+        15,
+        15,
+        15,
+        20,
+        20,
+        20,
+    ]
+    for row in rows:
+        measured, predicted = float(row[2]), float(row[3])
+        assert measured == pytest.approx(predicted, abs=0.05)  # both are about 0.7
+    assert re.search(r"grown by \+0\.00\d along its start, 0\.00\d is new", output)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_example_can_be_read_from_top_to_bottom(script):
     text = script.read_text()
@@ -248,5 +271,5 @@ def test_every_example_is_run():
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
         "features_while_training",
-        *("signal_by_depth", "edge_of_chaos", "lazy_twin"),
+        *("signal_by_depth", "edge_of_chaos", "lazy_twin", "kernel_in_depth"),
     }

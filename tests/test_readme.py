@@ -77,6 +77,11 @@ def test_the_table_names_every_scalar():
     ):
         instrument.start(probe)
         logged |= instrument.measure(net, 0).scalars.keys()
+    detailed = KernelInstrument(metrics="all")
+    detailed.optimizers = [torch.optim.SGD(net.parameters(), 0.1)]
+    detailed.start(probe)
+    found = detailed.measure(nn.Sequential(nn.BatchNorm1d(4), net), 0).scalars
+    logged |= {tag for tag in found if not tag.startswith("ntk_modes/")}
     linear = LinearizationInstrument(twin=True, held_out=probe)
     linear.start(probe)
     logged |= linear.measure(net, 0).scalars.keys()

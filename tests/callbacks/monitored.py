@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
 
 PREFIXES = (
-    *("ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
+    *("ntk_modes/", "ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
     *("features/", "features_layers/"),
     *("jacobian_layers/", "jacobian_time/"),
     *("prediction/", "prediction_classes/", "signal/", "signal_layers/", "linear/"),
