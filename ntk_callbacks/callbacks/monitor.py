@@ -18,7 +18,7 @@ from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_tex
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.when import When
 from ntk_callbacks.engine.series import share_kernels
-from ntk_callbacks.guard import quietly
+from ntk_callbacks.guard import isolated_rng, quietly
 from ntk_callbacks.instruments.instrument import Instrument, monitor_tag
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -121,7 +121,10 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                 'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
             )
         monitors = [other for other in trainer.callbacks if isinstance(other, Monitor)]
-        share_kernels(monitor.instrument for monitor in monitors)
+        with (
+            isolated_rng()
+        ):  # checkers of types at run time draw which items they check
+            share_kernels(monitor.instrument for monitor in monitors)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure step 0, or go on where a checkpoint stopped."""

@@ -140,9 +140,9 @@ def _process_kept() -> Iterator[None]:
 def _copy(value: Any) -> Any:
     # Not the trainer that a module or data module was used with.
     held = getattr(value, "__dict__", {})
-    trainers = {id(held[key]): None for key in _TRAINERS if held.get(key) is not None}
+    trainers = [held[key] for key in _TRAINERS if hasattr(held.get(key), "__dict__")]
     try:
-        return copy.deepcopy(value, dict(trainers))
+        return copy.deepcopy(value, {id(trainer): None for trainer in trainers})
     except Exception as error:
         raise TypeError(
             f"assert_passive: a {type(value).__name__} cannot be copied ({error}), but "

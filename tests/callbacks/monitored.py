@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor
+from ntk_callbacks import (
+    FeatureMonitor,
+    JacobianMonitor,
+    LinearizationMonitor,
+    NTKMonitor,
+    ParameterDriftMonitor,
+    PredictionMonitor,
+    SignalMonitor,
+)
 
 PREFIXES = (
     *("ntk_modes/", "ntk/", "ntk_modules/", "params/", "params_tensors/", "jacobian/"),
@@ -155,12 +163,31 @@ def loader(n=12, batch_size=3, **settings):
     return DataLoader(examples(n), batch_size=batch_size, **settings)
 
 
+MONITORS = {
+    "ntk": lambda every, probe: NTKMonitor(probe, every, on_error="raise"),
+    "drift": lambda every, probe: ParameterDriftMonitor(every, on_error="raise"),
+    "jacobian": lambda every, probe: JacobianMonitor(probe, every, on_error="raise"),
+    "signal": lambda every, probe: SignalMonitor(probe, every, on_error="raise"),
+    "features": lambda every, probe: FeatureMonitor(probe, every, on_error="raise"),
+    "prediction": lambda every, probe: PredictionMonitor(
+        probe, every, on_error="raise"
+    ),
+    "linear": lambda every, probe: LinearizationMonitor(probe, every, on_error="raise"),
+    "twin": lambda every, probe: LinearizationMonitor(
+        probe, every, twin=True, on_error="raise"
+    ),
+}
+
+
+def all_monitors(every=2, probe=4, *, twin=True):
+    """One of each kind; the twin needs automatic optimization on one process."""
+    left_out = "linear" if twin else "twin"
+    return [make(every, probe) for name, make in MONITORS.items() if name != left_out]
+
+
 def three_monitors(every=2, probe=4):
-    return [
-        NTKMonitor(probe, every, on_error="raise"),
-        ParameterDriftMonitor(every, on_error="raise"),
-        JacobianMonitor(probe, every, on_error="raise"),
-    ]
+    """Where another monitor would tell nothing new."""
+    return [MONITORS[name](every, probe) for name in ("ntk", "drift", "jacobian")]
 
 
 @dataclass

@@ -6,30 +6,35 @@ import pickle
 import random
 import warnings
 import weakref
+from functools import cache, partialmethod
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from monitored import (
+    MONITORS,
     Delicate,
     Plain,
+    all_monitors,
     copied,
     fit,
     generator_states,
     loader,
     same,
     seeded,
-    three_monitors,
 )
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ntk_callbacks import (
+    FeatureMonitor,
     JacobianMonitor,
+    LinearizationMonitor,
+    LinearizationOptions,
     NTKMonitor,
-    ParameterDriftMonitor,
+    NTKOptions,
     PredictionMonitor,
     SignalMonitor,
 )
@@ -63,10 +68,7 @@ def test_nothing_of_a_delicate_run_changes():
     """Modes 1-8: chance, training flags, frozen layers, buffers, gradients that are
     half accumulated, the order of a shuffled loader."""
     watch, watch_bare = HalfWay(), HalfWay()
-    others = [
-        kind(4, 1, on_error="raise") for kind in (PredictionMonitor, SignalMonitor)
-    ]
-    monitored = delicate_run([*three_monitors(every=1), *others, watch])
+    monitored = delicate_run([*all_monitors(every=1), watch])
     bare = delicate_run([watch_bare])
     assert [*monitored.recorder.measured()] == [*range(10)]  # 3 epochs of 5 batches
     same(monitored.trace(), bare.trace())
@@ -74,27 +76,32 @@ def test_nothing_of_a_delicate_run_changes():
     assert any(g is not None for gradients, _ in watch.seen for g in gradients)
 
 
-@pytest.mark.parametrize("index", range(3), ids=["ntk", "drift", "jacobian"])
-@pytest.mark.parametrize("every", [1, "epoch"])
-def test_each_monitor_alone_changes_nothing(index, every):
-    monitored = delicate_run(three_monitors(every)[index])
-    assert monitored.recorder.measured()
-    same(monitored.trace(), delicate_run().trace())
+@pytest.mark.parametrize("name", MONITORS)
+def test_each_monitor_alone_changes_nothing(name):
+    monitored = delicate_run(MONITORS[name]("epoch", 4))
+    assert [*monitored.recorder.measured()] == [0, 3, 6, 9]
+    same(monitored.trace(), bare_trace())
+
+
+@cache
+def bare_trace():
+    return delicate_run().trace()
 
 
 def test_train_mode_kernel_moves_no_statistics():
     """Modes 2 and 4: BatchNorm on batch statistics, measured as it trains."""
-    from ntk_callbacks import NTKOptions
-
+    train = LinearizationOptions(mode="train")
     monitors = [
         NTKMonitor(4, 1, options=NTKOptions(mode="train"), on_error="raise"),
         JacobianMonitor(4, 1, mode="train", on_error="raise"),
         PredictionMonitor(4, 1, mode="train", on_error="raise"),
         SignalMonitor(4, 1, mode="train", on_error="raise"),
+        FeatureMonitor(4, 1, mode="train", on_error="raise"),
+        LinearizationMonitor(4, 1, twin=True, options=train, on_error="raise"),
     ]
     monitored = delicate_run(monitors)
     assert len(monitored.recorder.measured()) == 10
-    same(monitored.trace(), delicate_run().trace())
+    same(monitored.trace(), bare_trace())
 
 
 def test_layer_frozen_in_on_train_start_stays_frozen():
@@ -111,7 +118,7 @@ def test_layer_frozen_in_on_train_start_stays_frozen():
         seeded()
         return fit(Frozen(), callbacks, val=loader(6), max_epochs=2)
 
-    monitored = run(three_monitors(every=1))
+    monitored = run(all_monitors(every=1))
     same(monitored.trace(), run([]).trace())
     assert not monitored.model.net[5].training
     assert monitored.model.net[1].training
@@ -181,7 +188,7 @@ def test_failed_measurement_changes_nothing(kind, first):
     callbacks = [Acquaint(vandal), monitor]
     with pytest.warns(UserWarning, match="the vandal was here.*training goes on"):
         monitored = delicate_run([*callbacks, *([Later()] if first else [])])
-    same(monitored.trace(), delicate_run().trace())
+    same(monitored.trace(), bare_trace())
     skipped = {0: 0, 3: 4}[first]
     assert [*monitored.recorder.measured()] == [s for s in range(10) if s != skipped]
     assert not hasattr(monitored.model.net[0], "extra")
@@ -198,7 +205,7 @@ def test_module_keeps_its_keys_attributes_and_hooks():
     attributes = {name: {*vars(part)} for name, part in model.named_modules()}
     hooks = [name for name in vars(model) if name.endswith("_hooks")]
     assert len(hooks) > 5
-    run = fit(model, three_monitors(every=1), val=loader(6))
+    run = fit(model, all_monitors(every=1), val=loader(6))
     assert run.recorder.measured()
     assert [*model.state_dict()] == keys
     bare = Delicate()
@@ -256,7 +263,7 @@ def test_global_settings_and_warning_filters_stay(chosen, request):
             self.seen.append(settings())
 
     with_monitors, without = Look(), Look()
-    run = delicate_run([*three_monitors(every=1), with_monitors])
+    run = delicate_run([*all_monitors(every=2), with_monitors])
     delicate_run([without])
     assert run.recorder.measured()
     assert with_monitors.seen == without.seen
@@ -284,7 +291,7 @@ def test_no_tensor_stays_behind_from_one_measurement_to_the_next():
             else:
                 earlier.update((id(t), weakref.ref(t)) for t in alive)
 
-    monitors = three_monitors(every=1)
+    monitors = all_monitors(every=1)
     fit(Plain(), [*monitors, Count()], max_steps=12)
     assert len(earlier) > 20
     assert newer[0] == newer[1]  # those of step 3 that were replaced, and no more
@@ -303,43 +310,51 @@ def collect(state, found):
             collect(value, found)
 
 
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda monitor: pickle.loads(pickle.dumps(monitor)),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize(
-    "copy_of",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["deepcopy", "pickle"],
+    ("name", "every"),
+    [
+        *((name, 2) for name in MONITORS),
+        *(("drift", every) for every in ("epoch", "2 per decade", "at 1 3")),
+    ],
 )
-@pytest.mark.parametrize("index", range(3), ids=["ntk", "drift", "jacobian"])
-@pytest.mark.parametrize("every", [2, "epoch", "2 per decade", "at 1 3"])
-def test_monitors_can_be_copied_before_and_after_use(copy_of, index, every):
+def test_monitors_can_be_copied_before_and_after_use(how, name, every):
     """Mode 22: spawned processes, joblib launchers and weight averaging copy them."""
-    monitor = copy_of(three_monitors(every)[index])
+    monitor = COPIES[how](MONITORS[name](every, 4))
     seeded()
-    first = fit(Plain(), monitor).recorder.measured()
-    again = copy_of(monitor)
+    first = fit(Plain(), monitor, max_epochs=1).recorder.measured()
+    again = COPIES[how](monitor)
     same(again.history, monitor.history)
     assert again.state_key == monitor.state_key
     same(again.state_dict(), monitor.state_dict())
     seeded()
-    same(fit(Plain(), again).recorder.measured(), first)
+    same(fit(Plain(), again, max_epochs=1).recorder.measured(), first)
 
 
 class Ambient(Callback):
-    """Calls a monitor's hook the way other code might: without gradients."""
+    """Calls hooks of monitors the way other code might: without gradients."""
 
-    def __init__(self, monitor, context):
-        self.monitor, self.context = monitor, context
+    def __init__(self, monitors, context):
+        self.monitors, self.context = monitors, context
 
-    def on_train_start(self, trainer, pl_module):
+    def tell(self, *args, hook):
         with self.context():
-            self.monitor.on_train_start(trainer, pl_module)
+            for monitor in self.monitors:
+                getattr(monitor, hook)(*args)
 
-    def on_train_batch_end(self, *args):
-        with self.context():
-            self.monitor.on_train_batch_end(*args)
 
-    def on_train_epoch_end(self, *args):
-        with self.context():
-            self.monitor.on_train_epoch_end(*args)
+for _hook in (
+    *("on_train_start", "on_train_batch_start", "on_before_backward"),
+    *("on_after_backward", "on_before_optimizer_step", "on_train_batch_end"),
+    *("on_train_epoch_end", "on_train_end"),
+):
+    setattr(Ambient, _hook, partialmethod(Ambient.tell, hook=_hook))
 
 
 @pytest.mark.parametrize(
@@ -351,13 +366,12 @@ class Ambient(Callback):
     ],
     ids=["no_grad", "inference_mode", "autocast"],
 )
-@pytest.mark.parametrize("index", range(3), ids=["ntk", "drift", "jacobian"])
-def test_surrounding_modes_do_not_reach_the_measurement(context, index):
+def test_surrounding_modes_do_not_reach_the_measurement(context):
     """Modes 24 and 25: gradients off, inference tensors as references, autocast."""
     seeded()
-    plain = fit(Plain(), three_monitors(1)[index], max_steps=3)
+    plain = fit(Plain(), all_monitors(1), max_steps=3)
     seeded()
-    inside = fit(Plain(), Ambient(three_monitors(1)[index], context), max_steps=3)
+    inside = fit(Plain(), Ambient(all_monitors(1), context), max_steps=3)
     assert [*plain.recorder.measured()] == [0, 1, 2, 3]
     same(inside.recorder.measured(), plain.recorder.measured())
     same(inside.trace(), plain.trace())
@@ -383,7 +397,7 @@ def test_users_forward_hooks_may_run_but_leave_no_trace():
         seeded()
         return fit(Hooked(), callbacks, max_steps=4)
 
-    monitored, bare = run(three_monitors(every=1)), run([])
+    monitored, bare = run(all_monitors(every=1)), run([])
     assert [*monitored.recorder.measured()] == [0, 1, 2, 3, 4]
     same(monitored.trace(), bare.trace())
     assert monitored.model.calls == bare.model.calls == 4
@@ -422,7 +436,7 @@ def test_models_that_torch_func_cannot_differentiate(reentrant):
             model.forward = lambda x: model.net(x.requires_grad_())
         return fit(model, callbacks, max_steps=3)
 
-    monitors = [NTKMonitor(4, 1, on_error="raise"), *three_monitors(1)[1:2]]
+    monitors = [NTKMonitor(4, 1, on_error="raise"), MONITORS["drift"](1, 4)]
     if not reentrant:
         monitors.append(JacobianMonitor(4, 1, on_error="raise"))
     monitored = run(monitors)
@@ -446,7 +460,7 @@ def test_probe_with_an_augmenting_dataset_draws_no_random_number():
         data = torch.utils.data.DataLoader(Augmented(), batch_size=3, shuffle=True)
         return fit(Plain(), callbacks, train=data)
 
-    monitored = run(three_monitors("epoch", probe=6))
+    monitored = run(all_monitors("epoch", probe=6))
     assert [*monitored.recorder.measured()] == [0, 4, 8]
     same(monitored.trace(), run([]).trace())
 
@@ -472,7 +486,7 @@ def test_iterable_dataset_gives_its_first_examples_to_the_training_too():
     bare = run([])
     assert bare.trainer.global_step == 8
     with warnings.catch_warnings():
-        monitored = run(three_monitors(2))
+        monitored = run(all_monitors(4))
     same(monitored.trace(), bare.trace())
 
 
@@ -485,7 +499,7 @@ def test_unused_and_frozen_parameters_keep_their_missing_gradients():
             self.spare = nn.Linear(2, 2)
             self.net[0].bias.requires_grad_(False)
 
-    run = fit(Spare(), three_monitors(every=1), max_steps=3)
+    run = fit(Spare(), all_monitors(every=1), max_steps=3)
     assert len(run.recorder.measured()) == 4
     assert run.model.spare.weight.grad is None
     assert run.model.net[0].bias.grad is None
@@ -513,15 +527,15 @@ def test_graph_that_the_user_holds_over_an_update_stays_valid():
         seeded()
         return fit(Holding(), callbacks, max_epochs=2)
 
-    monitored = run(three_monitors(every=1))
+    monitored = run(all_monitors(every=1, twin=False))
     assert len(monitored.recorder.measured()) > 3
     same(copied(monitored.model.state_dict()), copied(run([]).model.state_dict()))
 
 
 def test_public_docstring_names_every_tag_that_is_logged():
-    run = fit(Plain(), three_monitors("epoch"), max_epochs=1)
+    run = fit(Plain(), all_monitors("epoch"), max_epochs=1)
     tags = {tag for row in run.recorder.measured().values() for tag in row}
-    kinds = (NTKMonitor, ParameterDriftMonitor, JacobianMonitor)
+    kinds = {type(monitor) for monitor in all_monitors()}
     text = " ".join(kind.__doc__ for kind in kinds)
     for tag in tags:
         known = "params_tensors/displacement/" if "_tensors" in tag else tag
@@ -530,6 +544,6 @@ def test_public_docstring_names_every_tag_that_is_logged():
 
 def test_no_tag_begins_another_tag():
     # MLflow's file store keeps metrics as files and cannot hold both.
-    run = fit(Plain(), three_monitors("epoch"), max_epochs=1)
+    run = fit(Plain(), all_monitors("epoch"), max_epochs=1)
     tags = {tag for row in run.recorder.measured().values() for tag in row}
     assert not [(a, b) for a in tags for b in tags if b.startswith(f"{a}/")]
