@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -85,7 +85,10 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
     Raises:
         UnsupportedModelError: If SyncBatchNorm would wait for other processes.
     """
-    with quietly(model), torch.compiler.set_stance("force_eager"):
+    # Where nothing was compiled the compiler is not loaded, and loading takes seconds.
+    compiles = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    with quietly(model), eager:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN differentiates recurrent layers in training mode only.
             torch.backends.cudnn.enabled = False
