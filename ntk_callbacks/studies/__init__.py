@@ -4,14 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
+    from ntk_callbacks.studies.finite_width import FiniteWidth
+    from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
 
 __all__ = [
+    "BatchNormExplosion",
+    "FiniteWidth",
+    "LazyScale",
     "LazyWidth",
 ]
 
 # Imported when first asked for: one study needs not wait for the others.
 _LAZY = {
+    "BatchNormExplosion": "batchnorm_explosion",
+    "FiniteWidth": "finite_width",
+    "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
 }
 
