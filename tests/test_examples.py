@@ -122,7 +122,7 @@ def test_infinite_width_example_reads_images_and_approaches_the_limit(tmp_path):
 def test_next_step_of_adamw_is_foretold(tmp_path):
     output = run(EXAMPLES / "next_loss_change.py", tmp_path)
     rows = re.findall(r"^step +(\d+) (\S+) (\S+) (\S+) +\S+%$", output, re.MULTILINE)
-    assert [int(row[0]) for row in rows] == [1, 2, 3, 6, 10, 12]
+    assert [int(row[0]) for row in rows] == [5] * 3 + [10] * 3 + [15] * 3 + [20] * 3
     for row in rows:
         plain, own, actual = map(float, row[1:])
         assert own == pytest.approx(actual, rel=0.05)
@@ -244,6 +244,28 @@ def test_modes_of_a_kernel_decay_as_it_predicts(tmp_path):
     assert re.search(r"grown by \+0\.00\d along its start, 0\.00\d is new", output)
 
 
+def test_where_linear_theory_ends(tmp_path):
+    output = run(EXAMPLES / "where_linear_theory_ends.py", tmp_path)
+    rows = [line.split() for line in output.splitlines() if line[:4].strip().isdigit()]
+    assert [int(row[0]) for row in rows] == [0, 1, 2, 3, 6, 10, 18, 30]
+    away = [float(row[1]) for row in rows[1:]]
+    assert away == sorted(away)
+    first = next(int(row[0]) for row in rows[1:] if float(row[1]) > 0.25)
+    assert f"parted at step {first}" in output
+    assert len({row[4] for row in rows}) == 1  # the kernel at first is one kernel
+    assert float(rows[-1][3]) > 0.7
+
+
+def test_hugging_face_trainer(tmp_path):
+    output = run(EXAMPLES / "hugging_face_trainer.py", tmp_path)
+    found = re.findall(r"step +(\d+): the kernel has changed by (\d+\.\d)%", output)
+    assert [int(step) for step, _ in found] == [0, 1, 2, 3, 4, 6, 8]
+    changes = [float(change) for _, change in found]
+    assert changes[0] == 0
+    assert changes[-1] > changes[1] > 0
+    assert "ntk/relative_change" in events(tmp_path / "hugging_face" / "runs" / "ntk")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_example_can_be_read_from_top_to_bottom(script):
     text = script.read_text()
@@ -260,7 +282,8 @@ def test_example_can_be_read_from_top_to_bottom(script):
         if isinstance(node, ast.Import)
         for name in node.names
     }
-    assert imported <= {"sys", "torch", "lightning", "sklearn", "ntk_callbacks"}
+    known = {"sys", "torch", "lightning", "sklearn", "transformers", "ntk_callbacks"}
+    assert imported <= known
     assert "ntk_callbacks.experiments" not in text
 
 
@@ -270,6 +293,7 @@ def test_every_example_is_run():
         *("plain_trainer", "plain_loop"),
         *("kernel_in_a_notebook", "kernel_of_any_size", "history_in_a_notebook"),
         *("predicted_training", "infinite_width_kernel", "next_loss_change"),
-        "features_while_training",
+        *("features_while_training", "where_linear_theory_ends"),
         *("signal_by_depth", "edge_of_chaos", "lazy_twin", "kernel_in_depth"),
+        "hugging_face_trainer",
     }
