@@ -20,6 +20,8 @@ _STOCHASTIC = (
     nn.MultiheadAttention,
     nn.RReLU,
 )
+# Modules around a user's module, and the name under which they hold it.
+_WRAPPERS = {"_FabricModule": "_original_module", "DistributedDataParallel": "module"}
 
 
 @contextmanager
@@ -73,7 +75,9 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
 
     `"eval"` is `model.eval()`. `"train"` keeps the flags of a model that is training
     (frozen layers stay frozen), trains all of one that is not, and holds dropout still.
-    Compiled modules run their eager code, so that no recompilation counts against them.
+    Compiled modules run their eager code, so that no recompilation counts against them;
+    wrappers of Fabric, accelerate and DistributedDataParallel are passed by, with their
+    autocast and their waiting for other processes.
 
     Args:
         model: The module that is about to be measured.
@@ -92,6 +96,7 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN differentiates recurrent layers in training mode only.
             torch.backends.cudnn.enabled = False
+        _pass_wrappers_by(model)
         if mode == "eval":
             model.eval()
         else:
@@ -102,6 +107,16 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
                     module.eval()
             _refuse_collectives(model)
         yield
+
+
+def _pass_wrappers_by(model: nn.Module) -> None:
+    """`forward` as the user wrote it; the guard puts back what others made of it."""
+    for module in model.modules():
+        wrapped = module._modules.get(_WRAPPERS.get(type(module).__name__, ""))
+        if wrapped is not None:
+            vars(module)["forward"] = wrapped.__call__
+        elif "_original_forward" in vars(module):  # accelerate's mixed precision
+            vars(module)["forward"] = vars(module)["_original_forward"]
 
 
 def _refuse_collectives(model: nn.Module) -> None:

@@ -74,6 +74,13 @@ def test_loop_example_leaves_curves_where_it_says(tmp_path):
     assert re.search(r"^loss \d\.\d+ after 10 steps$", output, re.MULTILINE)
 
 
+def test_fabric_example_leaves_curves_where_it_says(tmp_path):
+    output = run(EXAMPLES / "fabric_loop.py", tmp_path)
+    drawn = {tag for tag in MEASURED if not tag.startswith("jacobian/")}
+    assert events(tmp_path / advertised_folder(output)) >= drawn
+    assert re.search(r"^loss \d\.\d+ after 29 steps$", output, re.MULTILINE)
+
+
 def test_large_kernels_example_prints_a_plan_and_a_spectrum(tmp_path):
     output = run(EXAMPLES / "kernel_of_any_size.py", tmp_path)
     assert re.search(r"^layer.linear1.weight +(factored|materialized) ", output, re.M)

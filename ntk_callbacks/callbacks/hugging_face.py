@@ -1,8 +1,7 @@
 """Monitors in the Trainer of Hugging Face's transformers."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,24 +135,8 @@ class NTKTrainerCallback(TrainerCallback):
             return
         before = hook == "on_before_optimizer_step"
         self._run.look(state, control, given, step=state.global_step + before)
-        with _own_forward(given["model"]):
-            for monitor in self.monitors:
-                getattr(monitor, hook)(self._run, given["model"], *rest)
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that accelerate puts around `forward`."""
-    own = vars(model)
-    wrapped = own.get("forward")
-    if wrapped is None or "_original_forward" not in own:
-        yield
-        return
-    own["forward"] = own["_original_forward"]
-    try:
-        yield
-    finally:
-        own["forward"] = wrapped
+        for monitor in self.monitors:
+            getattr(monitor, hook)(self._run, given["model"], *rest)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
