@@ -48,6 +48,7 @@ from ntk_callbacks.theory.jacobian_spectra import (
     JacobianMoments,
     fuss_catalan_moments,
     gaussian_second_moment,
+    gaussian_squared_mean,
     jacobian_moments,
 )
 from ntk_callbacks.theory.kernels import Covariances, Kernels, infinite_width_kernels
@@ -109,6 +110,7 @@ __all__ = [
     "fuss_catalan_density",
     "fuss_catalan_moments",
     "gaussian_second_moment",
+    "gaussian_squared_mean",
     "global_average_pool",
     "gru",
     "infinite_width_kernels",

@@ -52,6 +52,7 @@ def to_neural_tangents(
     References:
         Novak et al. 2020, arXiv:1912.02803 (neural-tangents 0.6.5).
     """
+    _check_full(ntk)
     shape = _output_shape(ntk, output_shape)
     axes = len(shape)
     trace = _axes("trace_axes", trace_axes, axes)
@@ -142,6 +143,7 @@ def to_torch_func(ntk: Float[Tensor, "n1 n2 c c"], compute: Recipe = "full") -> 
         tensor(2.)
     """
     check_choice(Recipe, compute=compute)
+    _check_full(ntk)
     if compute == "full":
         return ntk
     diagonal = ntk.diagonal(dim1=2, dim2=3)
@@ -174,6 +176,13 @@ def from_torch_func(kernel: Kernel, compute: Recipe, *, c: int) -> Kernel:
             f"compute={compute!r} and c={c}; expected (n1, n2) followed by {expected}."
         )
     return kernel / c if compute == "trace" else kernel
+
+
+def _check_full(ntk: Tensor) -> None:
+    if ntk.ndim != 4 or ntk.shape[2] != ntk.shape[3]:
+        raise ValueError(
+            f"a kernel of shape {tuple(ntk.shape)}, expected full, (n1, n2, c, c)."
+        )
 
 
 def _output_shape(

@@ -22,7 +22,12 @@ from ntk_callbacks.theory.kernels import (
     infinite_width_kernels,
 )
 from ntk_callbacks.theory.layers import activate, dense, sequential, weighted
-from ntk_callbacks.theory.learning import Learning, check_choice, check_depth
+from ntk_callbacks.theory.learning import (
+    Learning,
+    check_choice,
+    check_counts,
+    check_depth,
+)
 
 Head: TypeAlias = Literal["flatten", "pool"]
 """A readout of all pixels, or of their mean."""
@@ -68,11 +73,11 @@ def convolution(
         Arora et al. (2019), arXiv:1904.11955, section 4; Novak et al. (2019),
         arXiv:1810.05148.
     """
+    check_counts(kernel_size=kernel_size, stride=stride)
     around = kernel_size // 2 if padding is None else padding
-    if kernel_size < 1 or stride < 1 or around < 0:
+    if not isinstance(around, int) or around < 0:
         raise ValueError(
-            f"kernel_size is {kernel_size}, stride {stride}, padding {padding}; "
-            "expected at least 1, 1 and 0."
+            f"padding is {padding!r}, expected a whole number of at least 0."
         )
     check_choice(PaddingMode, padding_mode=padding_mode)
 

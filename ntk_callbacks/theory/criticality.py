@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.theory.activations import Activation
-from ntk_callbacks.theory.expectations import curvature_moment, moment
+from ntk_callbacks.theory.expectations import curvature_moment, moment, real_numbers
 from ntk_callbacks.theory.learning import check_not_negative
 from ntk_callbacks.theory.mean_field import MeanField, mean_field
 from ntk_callbacks.theory.roots import bracketed_root
@@ -61,7 +61,7 @@ def critical_line(
         Schoenholz et al. (2017), arXiv:1611.01232; Hayou et al. (2019),
         arXiv:1902.06853 (edge of chaos of ReLU-like activations).
     """
-    q = torch.as_tensor(q, dtype=torch.float64)
+    q = real_numbers("q", q)
     w2 = 1 / moment(activation, q, derivative=1)
     b2 = q - w2 * moment(activation, q)
     # A line that is a point: σ_b² is zero up to round-off.
@@ -196,4 +196,10 @@ def phase_diagram(
         Poole et al. (2016), arXiv:1606.05340, figure 1; Schoenholz et al. (2017),
         arXiv:1611.01232.
     """
+    for name, sigma in (("sigma_w", sigma_w), ("sigma_b", sigma_b)):
+        if sigma.ndim != 1:
+            raise ValueError(
+                f"{name} has shape {tuple(sigma.shape)}, expected a list: the "
+                "diagram holds every pair of σ_w and σ_b."
+            )
     return mean_field(activation, sigma_w[None, :], sigma_b[:, None], q0=q0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ntk_callbacks.theory.activations import Activation
 from ntk_callbacks.theory.jacobian_spectra import Weights, slopes_at_fixed_point
+from ntk_callbacks.theory.learning import check_counts
 from ntk_callbacks.theory.roots import bracketed_root
 from ntk_callbacks.theory.slopes import SquaredSlopes
 
@@ -91,7 +92,13 @@ def jacobian_density(
     targets = _positive(squared)
     gain = sigma_w**2
     atoms, masses = _atoms(slopes, gain, depth, weights)
-    if gain == 0 or slopes.values[-1] == 0 or _is_discrete(slopes, depth, weights):
+    empty = not len(targets)
+    if (
+        empty
+        or gain == 0
+        or slopes.values[-1] == 0
+        or _is_discrete(slopes, depth, weights)
+    ):
         return JacobianDensity(targets, torch.zeros_like(targets), atoms, masses)
     # σ_w² and the size of φ'² are taken out: s² is in units of (σ_w² max φ'²)^L.
     largest = slopes.values[-1]
@@ -134,8 +141,7 @@ def fuss_catalan_density(
         Haagerup and Möller (2013), arXiv:1208.0240; Forrester and Liu (2015),
         arXiv:1404.3549.
     """
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(f"depth is {depth!r}, expected a whole number of at least 1.")
+    check_counts(depth=depth)
     targets = _positive(squared)
     outer, inner = depth + 1, depth
     edge = outer * math.log(outer) - inner * math.log(inner)
@@ -161,6 +167,11 @@ def fuss_catalan_density(
 
 
 def _positive(squared: Tensor) -> Tensor:
+    if squared.ndim != 1 or squared.is_complex():
+        raise ValueError(
+            f"squared has shape {tuple(squared.shape)} and {squared.dtype}, expected a "
+            "list of real s²."
+        )
     targets = squared.detach().to(torch.float64)
     if not ((targets > 0) & targets.isfinite()).all():
         raise ValueError(

@@ -55,10 +55,10 @@ def moment(
         Poole et al. (2016), arXiv:1606.05340 (q-map and χ).
     """
     q = _variances(q=q)[0]
-    if derivative not in (0, 1) or power < 1:
+    if derivative not in (0, 1) or not isinstance(power, int) or power < 1:
         raise ValueError(
-            f"moment: power={power}, derivative={derivative}; expected a power of at "
-            "least 1 and derivative 0 or 1."
+            f"moment: power={power}, derivative={derivative}; expected a whole "
+            "power of at least 1 and derivative 0 or 1."
         )
     phi = elementwise(activation)
     if isinstance(phi, _KNOWN):
@@ -138,7 +138,7 @@ def pair_moment(
         Cho and Saul (2009), Williams (1997) for ReLU and erf.
     """
     first, second = _variances(q1=q1, q2=q2)
-    shared = torch.as_tensor(q12, dtype=torch.float64).detach()
+    shared = real_numbers("q12", q12)
     if derivative not in (0, 1):
         raise ValueError(f"pair_moment: derivative is {derivative}, expected 0 or 1.")
     bound = (first * second).sqrt() + torch.zeros_like(shared)
@@ -175,10 +175,28 @@ def _line(
     return line_expectation(along, distinct[:, None], cuts)[where].to(q.device)
 
 
+def real_numbers(name: str, numbers: Tensor | float) -> Float[Tensor, "..."]:
+    """Numbers as a tensor in float64, without their gradients.
+
+    Args:
+        name: Of the argument.
+        numbers: One, or a tensor.
+
+    Returns:
+        A tensor of their shape.
+
+    Raises:
+        ValueError: If they are complex.
+    """
+    if isinstance(numbers, Tensor) and numbers.is_complex():
+        raise ValueError(f"{name} is complex, expected real numbers.")
+    return torch.as_tensor(numbers, dtype=torch.float64).detach()
+
+
 def _variances(**variances: Tensor | float) -> list[Tensor]:
     found = []
     for name, given in variances.items():
-        q = torch.as_tensor(given, dtype=torch.float64).detach()
+        q = real_numbers(name, given)
         if not ((q >= 0) & q.isfinite()).all():
             worst = q[~((q >= 0) & q.isfinite())].flatten()[0].item()
             raise ValueError(f"{name} holds {worst}, expected variances of at least 0.")

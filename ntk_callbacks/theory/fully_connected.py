@@ -6,7 +6,12 @@ from torch import Tensor
 from ntk_callbacks.theory.activations import Activation
 from ntk_callbacks.theory.kernels import Kernels, Layer, infinite_width_kernels
 from ntk_callbacks.theory.layers import activate, dense, residual, sequential
-from ntk_callbacks.theory.learning import Learning, Parametrization, check_depth
+from ntk_callbacks.theory.learning import (
+    Learning,
+    Parametrization,
+    check_counts,
+    check_depth,
+)
 
 
 def fully_connected(
@@ -61,7 +66,9 @@ def fully_connected(
             "width is None; the kernel of the standard parametrization grows with the "
             "width: give the number of units of a hidden layer."
         )
-    first, second = x1.flatten(1), None if x2 is None else x2.flatten(1)
+    if width is not None:
+        check_counts(width=width)
+    first, second = _flat("x1", x1), None if x2 is None else _flat("x2", x2)
 
     def layer(fan_in: int | None) -> Layer:
         return dense(sigma_w, sigma_b, learning=Learning(parametrization, fan_in))
@@ -116,7 +123,7 @@ def fully_connected_residual(
         Yang and Schoenholz (2017), arXiv:1712.08969.
     """
     check_depth(depth)
-    first, second = x1.flatten(1), None if x2 is None else x2.flatten(1)
+    first, second = _flat("x1", x1), None if x2 is None else _flat("x2", x2)
     block = residual(
         sequential(
             dense(sigma_w, sigma_b),
@@ -126,3 +133,11 @@ def fully_connected_residual(
     )
     network = sequential(dense(sigma_w, sigma_b), *[block] * depth, dense(1.0))
     return infinite_width_kernels(network, first, second)
+
+
+def _flat(name: str, x: Tensor) -> Float[Tensor, "n d"]:
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected one example to a row, (n, d)."
+        )
+    return x.flatten(1)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.theory.activations import Activation
-from ntk_callbacks.theory.learning import check_choice, check_not_negative
+from ntk_callbacks.theory.learning import check_choice, check_counts, check_not_negative
 from ntk_callbacks.theory.mean_field import LARGEST, mean_field
 from ntk_callbacks.theory.roots import bracketed_root
 from ntk_callbacks.theory.slopes import SquaredSlopes, squared_slopes
@@ -131,8 +131,7 @@ def slopes_at_fixed_point(
     """
     check_not_negative(sigma_w=sigma_w, sigma_b=sigma_b)
     check_choice(Weights, weights=weights)
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(f"depth is {depth!r}, expected a whole number of at least 1.")
+    check_counts(depth=depth)
     q = mean_field(activation, sigma_w, sigma_b, q0=q0).q
     if q.isfinite():
         return squared_slopes(activation, q.clamp(min=1e-20), panels=panels)
@@ -204,7 +203,7 @@ def fuss_catalan_moments(depth: int, count: int) -> Float[Tensor, " k"]:
     References:
         Penson and Życzkowski (2011), arXiv:1103.3453.
     """
-    _check_counts(depth=depth, count=count)
+    check_counts(depth=depth, count=count)
     return torch.tensor(
         [
             float(math.comb((depth + 1) * k, k) // (depth * k + 1))
@@ -235,19 +234,39 @@ def gaussian_second_moment(width: int, depth: int) -> float:
         >>> gaussian_second_moment(64, 1)
         2.015625
     """
-    _check_counts(width=width, depth=depth)
+    return _gaussian_products(width, depth)[1]
+
+
+def gaussian_squared_mean(width: int, depth: int) -> float:
+    """E ((1/n) tr J Jᵀ)² of a product of L Gaussian n × n matrices, at any n.
+
+    P of `gaussian_second_moment`. The mean of (1/n) tr J Jᵀ over seeds is 1, its
+    variance P − 1: what a single linear network is off by.
+
+    Args:
+        width: n ≥ 1.
+        depth: L ≥ 1.
+
+    Returns:
+        P.
+
+    Raises:
+        ValueError: If an argument is below 1.
+
+    Example:
+        >>> gaussian_squared_mean(64, 1)
+        1.00048828125
+    """
+    return _gaussian_products(width, depth)[0]
+
+
+def _gaussian_products(width: int, depth: int) -> tuple[float, float]:
+    """P and S."""
+    check_counts(width=width, depth=depth)
     squared_mean, mean_square = 1.0, 1.0
     for _ in range(depth):
         squared_mean, mean_square = (
             squared_mean + 2 * mean_square / width**2,
             squared_mean + (1 + 1 / width) * mean_square,
         )
-    return mean_square
-
-
-def _check_counts(**counts: int) -> None:
-    for name, given in counts.items():
-        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-            raise ValueError(
-                f"{name} is {given!r}, expected a whole number of at least 1."
-            )
+    return squared_mean, mean_square

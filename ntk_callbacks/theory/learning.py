@@ -101,6 +101,22 @@ def check_choice(choices: Any, **choice: str) -> None:
             )
 
 
+def check_counts(**counts: int) -> None:
+    """Refuse what is not a whole number of at least 1, by its name.
+
+    Args:
+        **counts: Name -> number.
+
+    Raises:
+        ValueError: If one is none.
+    """
+    for name, given in counts.items():
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise ValueError(
+                f"{name} is {given!r}, expected a whole number of at least 1."
+            )
+
+
 def check_depth(depth: int) -> None:
     """Refuse a depth that is not a whole number of at least 0.
 

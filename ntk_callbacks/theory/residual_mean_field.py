@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.theory.activations import Activation, elementwise
-from ntk_callbacks.theory.expectations import moment, pair_moment
-from ntk_callbacks.theory.learning import check_depth, check_not_negative
+from ntk_callbacks.theory.expectations import moment, pair_moment, real_numbers
+from ntk_callbacks.theory.learning import check_depth
+from ntk_callbacks.theory.signal_maps import not_negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +33,27 @@ class ResidualTrajectory:
             from block l down to the start.
     """
 
-    p: Float[Tensor, " depth"]
-    c: Float[Tensor, " depth"]
-    log_gradient: Float[Tensor, " depth"]
+    p: Float[Tensor, "depth ..."]
+    c: Float[Tensor, "depth ..."]
+    log_gradient: Float[Tensor, "depth ..."]
 
 
 def residual_trajectory(
     activation: Activation,
-    sigma_w: float,
-    sigma_b: float,
+    sigma_w: Float[Tensor, "..."] | float,
+    sigma_b: Float[Tensor, "..."] | float,
     *,
     depth: int,
-    p: float = 1.0,
-    c: float = 1.0,
-    branch_sigma_w: float = 1.0,
-    branch_sigma_b: float = 0.0,
+    p: Float[Tensor, "..."] | float = 1.0,
+    c: Float[Tensor, "..."] | float = 1.0,
+    branch_sigma_w: Float[Tensor, "..."] | float = 1.0,
+    branch_sigma_b: Float[Tensor, "..."] | float = 0.0,
 ) -> ResidualTrajectory:
     """Variance, correlation and gradient growth of a residual network.
+
+    All numbers but the depth may be tensors that broadcast: with `sigma_w[None, :]` and
+    `sigma_b[:, None]` the last entries are the phase diagram at this depth, how much
+    is left of c and how far gradients have grown in place of order and chaos.
 
     Args:
         activation: A name in `ACTIVATIONS` or an elementwise callable φ.
@@ -61,7 +66,8 @@ def residual_trajectory(
         branch_sigma_b: σ_a ≥ 0 of a.
 
     Returns:
-        `ResidualTrajectory(p, c, log_gradient)` of depth + 1 entries each, float64.
+        `ResidualTrajectory(p, c, log_gradient)`, float64: depth + 1 entries each,
+        followed by the broadcast shape.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,28 +85,34 @@ def residual_trajectory(
         Yang and Schoenholz (2017), arXiv:1712.08969.
     """
     check_depth(depth)
-    check_not_negative(
+    numbers = not_negative(
         sigma_w=sigma_w,
         sigma_b=sigma_b,
         branch_sigma_w=branch_sigma_w,
         branch_sigma_b=branch_sigma_b,
         p=p,
     )
-    if p == 0 or not -1 <= c <= 1:
+    cosine = real_numbers("c", c)
+    if (numbers[-1] == 0).any() or not (cosine.abs() <= 1).all():
         raise ValueError(f"p={p}, c={c}; expected p above 0 and c between -1 and 1.")
     phi = elementwise(activation)
-    variance, shared = torch.tensor([p, p * c], dtype=torch.float64)
+    like = torch.zeros_like(cosine)
+    for number in numbers:
+        like = like + torch.zeros_like(number)
+    w, b, v, a, variance, cosine = (number + like for number in (*numbers, cosine))
+    shared = variance * cosine
     gradient = torch.zeros_like(variance)
     states = [torch.stack([variance, shared, gradient])]
     for _ in range(depth):
-        own, cross = (sigma_w**2 * part + sigma_b**2 for part in (variance, shared))
-        growth = branch_sigma_w**2 * sigma_w**2 * moment(phi, own, derivative=1)
+        own, cross = (w**2 * part + b**2 for part in (variance, shared))
+        growth = v**2 * w**2 * moment(phi, own, derivative=1)
         gradient = gradient + torch.log1p(growth)
         square = moment(phi, own)
         # Identical inputs stay so: no second integral.
-        mixed = square if c == 1 else pair_moment(phi, own, own, cross)
-        variance = variance + branch_sigma_w**2 * square + branch_sigma_b**2
-        shared = shared + branch_sigma_w**2 * mixed + branch_sigma_b**2
+        same = bool((cosine == 1).all())
+        mixed = square if same else pair_moment(phi, own, own, cross)
+        variance = variance + v**2 * square + a**2
+        shared = shared + v**2 * mixed + a**2
         states.append(torch.stack([variance, shared, gradient]))
     variances, covariances, gradients = torch.stack(states, 1)
     return ResidualTrajectory(variances, covariances / variances, gradients)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from ntk_callbacks.theory.learning import check_choice, check_not_negative
+from ntk_callbacks.theory.learning import check_choice, check_counts, check_not_negative
 
 Loss: TypeAlias = Literal[
     "half_sum",
@@ -61,8 +61,7 @@ def loss_scale(loss: Loss, *, n: int, c: int = 1) -> float:
         1.0
     """
     check_choice(Loss, loss=loss)
-    if n < 1 or c < 1:
-        raise ValueError(f"loss_scale: n={n}, c={c}; expected both ≥ 1.")
+    check_counts(n=n, c=c)
     scales: dict[Loss, float] = {
         "half_sum": 1.0,
         "half_mean": 1 / n,

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.theory.activations import Activation
-from ntk_callbacks.theory.expectations import moment, pair_moment
+from ntk_callbacks.theory.expectations import moment, pair_moment, real_numbers
 from ntk_callbacks.theory.learning import check_depth
 
 
@@ -84,8 +84,7 @@ def c_map(
         Poole et al. (2016), arXiv:1606.05340; Cho and Saul (2009) for ReLU.
     """
     sigma_w, sigma_b = scales(sigma_w, sigma_b)
-    q = torch.as_tensor(q, dtype=torch.float64)
-    c = torch.as_tensor(c, dtype=torch.float64)
+    q, c = real_numbers("q", q), real_numbers("c", c)
     if not (c.abs() <= 1).all():
         raise ValueError(f"c is {c}, expected correlations between -1 and 1.")
     shared = sigma_w**2 * pair_moment(activation, q, q, q * c) + sigma_b**2
@@ -138,8 +137,8 @@ def signal_trajectory(
         Poole et al. (2016), arXiv:1606.05340.
     """
     check_depth(depth)
-    start = torch.as_tensor(q, dtype=torch.float64)
-    cosine = torch.as_tensor(c, dtype=torch.float64) + torch.zeros_like(start)
+    start = real_numbers("q", q)
+    cosine = real_numbers("c", c) + torch.zeros_like(start)
     now = start + torch.zeros_like(cosine)
     variances, correlations = [now], [cosine]
     for _ in range(depth):
@@ -163,10 +162,26 @@ def scales(*sigmas: Tensor | float) -> list[Tensor]:
     Raises:
         ValueError: If one is negative or not finite.
     """
+    names = ("sigma_w", "sigma_b")
+    return not_negative(**dict(zip(names, sigmas, strict=True)))
+
+
+def not_negative(**numbers: Tensor | float) -> list[Tensor]:
+    """Numbers as tensors, in float64.
+
+    Args:
+        **numbers: Name -> a number or a tensor.
+
+    Returns:
+        Tensors, in their order.
+
+    Raises:
+        ValueError: If one is negative, not finite or complex.
+    """
     found = []
-    for name, sigma in zip(("sigma_w", "sigma_b"), sigmas, strict=True):
-        tensor = torch.as_tensor(sigma, dtype=torch.float64).detach()
+    for name, given in numbers.items():
+        tensor = real_numbers(name, given)
         if not ((tensor >= 0) & tensor.isfinite()).all():
-            raise ValueError(f"{name} is {sigma}, expected numbers of at least 0.")
+            raise ValueError(f"{name} is {given}, expected numbers of at least 0.")
         found.append(tensor)
     return found

@@ -316,8 +316,13 @@ def test_bad_input_is_refused():
         from_torch_func(ntk, "full", c=2)
     with pytest.raises(ValueError, match="loss is 'mse', expected one of half_sum"):
         inspect.unwrap(loss_scale)("mse", n=2)
-    with pytest.raises(ValueError, match="n=0, c=1; expected both"):
+    with pytest.raises(ValueError, match="n is 0, expected a whole number"):
         loss_scale("half_sum", n=0)
+    bare = inspect.unwrap(to_neural_tangents), inspect.unwrap(to_torch_func)
+    for shape in [(), (2, 2), (2, 2, 3, 2), (2, 2, 1, 1, 3)]:
+        for convert in bare:
+            with pytest.raises(ValueError, match=r"expected full, \(n1, n2, c"):
+                convert(torch.ones(shape))
     with pytest.raises(ValueError, match="sigma_w is -1"):
         ntk_parametrization_scaling({"w": (2, 3)}, sigma_w=-1.0)
     with pytest.raises(ValueError, match="expected inputs"):

@@ -354,7 +354,9 @@ def test_bad_input():
         convolutional(IMAGES, IMAGES * torch.nan, **arguments)
     with pytest.raises(ValueError, match="sigma_w is -1"):
         convolution(-1.0)
-    with pytest.raises(ValueError, match="stride 0"):
+    with pytest.raises(
+        ValueError, match="stride is 0, expected a whole number of at least 1"
+    ):
         convolution(1.0, stride=0)
     with pytest.raises(ValueError, match="depth is -2"):
         convolutional(IMAGES, **{**arguments, "depth": -2})

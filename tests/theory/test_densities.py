@@ -1,5 +1,6 @@
 """Spectral densities: mass, moments and edges, closed forms, and a histogram."""
 
+import inspect
 import math
 
 import pytest
@@ -196,6 +197,13 @@ def test_bad_arguments_are_refused():
             fuss_catalan_density(x, 2)
         with pytest.raises(ValueError, match="expected s² > 0"):
             jacobian_density("relu", 1.0, 0.0, 2, "gaussian", x)
+    bare = inspect.unwrap(fuss_catalan_density)
+    for x in (torch.tensor(1.0), torch.ones(2, 3), torch.ones(2) * 1j):
+        with pytest.raises(ValueError, match="expected a list of real s²"):
+            bare(x, 2)
+    none = torch.ones(0)
+    assert jacobian_density("relu", 1.0, 0.1, 2, "gaussian", none).density.shape == (0,)
+    assert fuss_catalan_density(none, 2).shape == (0,)
     with pytest.raises(ValueError, match="depth is 0"):
         fuss_catalan_density(torch.ones(1), 0)
     with pytest.raises(ValueError, match="depth is 0"):

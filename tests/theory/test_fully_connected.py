@@ -171,6 +171,20 @@ def test_residual_numbers_of_neural_tangents():
     assert torch.allclose(found.ntk[0], tensor(ntk), rtol=0, atol=1e-11)
 
 
+def test_spectra_of_neural_tangents():
+    """The same, and a linear network's kernel Θ = 3 X Xᵀ/3 of rank 3."""
+    scales = {"sigma_w": ROOT2, "sigma_b": 0.1}
+    deep = fully_connected(POINTS, depth=3, activation="relu", **scales).ntk
+    expected = [1.059512844816, 1.856670510969, 2.096874531493]
+    expected += [2.506151254923, 6.314124191132]
+    found = torch.linalg.eigvalsh(deep)
+    assert torch.allclose(found, tensor(expected), rtol=0, atol=2e-12)
+    arguments = {"depth": 2, "activation": "linear", "sigma_w": 1.0, "sigma_b": 0.0}
+    linear = fully_connected(POINTS, **arguments).ntk
+    assert torch.allclose(linear, POINTS @ POINTS.mT, rtol=0, atol=1e-14)
+    assert torch.linalg.matrix_rank(linear) == 3
+
+
 # Exact facts.
 
 
@@ -342,7 +356,7 @@ def test_symmetric_to_the_last_bit_and_positive(activation):
         assert kernel.dtype == torch.float64
         assert torch.equal(kernel, kernel.mT)
         eigenvalues = torch.linalg.eigvalsh(kernel)
-        assert eigenvalues[0] > -1e-9 * eigenvalues[-1]
+        assert eigenvalues[0] > -1e-14 * eigenvalues[-1]
         # Two equal inputs, not merely nearly equal numbers.
         assert torch.allclose(kernel[-1], kernel[0], rtol=1e-12, atol=0)
 
@@ -448,6 +462,9 @@ def test_residual_networks_approach_the_infinite_kernel():
         ({"activation": "swish2"}, "expected one of relu, leaky_relu"),
         ({"depth": -1}, "depth is -1"),
         ({"parametrization": "standard"}, "width is None"),
+        ({"parametrization": "standard", "width": 0}, "width is 0, expected a whole"),
+        ({"x1": torch.ones(4)}, r"x1 has shape \(4,\), expected one example to a row"),
+        ({"x2": torch.ones(3)}, r"x2 has shape \(3,\), expected one example"),
         ({"x1": torch.tensor([[1.0, math.nan]])}, "x1 is complex or not finite"),
         ({"x2": torch.ones(3, 5)}, r"shape \(4,\), x2 of \(5,\)"),
         ({"x1": torch.ones(0, 4)}, r"x1 has shape \(0, 4\)"),

@@ -9,9 +9,11 @@ from torch import nn
 
 from ntk_callbacks import input_singular_values
 from ntk_callbacks.theory import (
+    CriticalPoint,
     critical_point,
     fuss_catalan_moments,
     gaussian_second_moment,
+    gaussian_squared_mean,
     jacobian_moments,
     mean_field,
 )
@@ -25,7 +27,11 @@ SPREAD = {
     "hard_tanh": (0.05, 0.165545),
 }
 # s_max² of ReLU with orthogonal weights and of hard tanh, depth 16, at σ_b² = 0.05.
-ORTHOGONAL_EDGES = {4: 9.481481481481481, 8: 20.371997576325686, 16: 42.1260594836467}
+ORTHOGONAL_EDGES = {
+    4: 9.481481481481481,
+    8: 20.371997576325686,
+    16: 42.1260594836467,
+}
 # Depth: m₁ … m₄, exact E (1/n) tr (J Jᵀ)² at n = 64, 100 and 256.
 LINEAR = {
     1: ([1, 2, 5, 14], [2.015625, 2.010000, 2.003906]),
@@ -91,6 +97,22 @@ def test_second_moment_at_finite_width(depth):
     assert wide == pytest.approx(LINEAR[depth][0][1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("depth", "at_64", "at_256"),
+    [
+        (1, 1.00048828125, 1.000030517578125),
+        (2, 1.0014724731445312, 1.0000916719436646),
+        (4, 1.0049609038978815, 1.0003063748681598),
+        (8, 1.0182652559570067, 1.0011088235653387),
+        (16, 1.0725071783138913, 1.0042348350217722),
+    ],
+)
+def test_squared_mean_at_finite_width(depth, at_64, at_256):
+    """How the mean square singular value itself scatters: numpy, all digits."""
+    assert gaussian_squared_mean(64, depth) == pytest.approx(at_64, rel=1e-14)
+    assert gaussian_squared_mean(256, depth) == pytest.approx(at_256, rel=1e-14)
+
+
 def test_second_moment_of_small_products_by_sampling():
     """n = 3, L = 2: 100 000 products, within 4 standard errors."""
     w = torch.randn(2, 100_000, 3, 3, dtype=torch.float64) / 3**0.5
@@ -98,6 +120,9 @@ def test_second_moment_of_small_products_by_sampling():
     squares = (j @ j.mT).square().sum((1, 2)) / 3
     error = squares.std() / len(squares) ** 0.5
     assert abs(squares.mean() - gaussian_second_moment(3, 2)) < 4 * error
+    means = (j.square().sum((1, 2)) / 3).square()
+    error = means.std() / len(means) ** 0.5
+    assert abs(means.mean() - gaussian_squared_mean(3, 2)) < 4 * error
 
 
 # Edges.
@@ -108,6 +133,11 @@ def test_edge_of_orthogonal_relu_networks(depth):
     found = jacobian_moments("relu", 2**0.5, 0.0, depth, "orthogonal").maximum
     assert found.item() == pytest.approx(ORTHOGONAL_EDGES[depth], rel=1e-12)
     assert found.item() == pytest.approx(bernoulli_edge(0.5, depth), rel=1e-12)
+
+
+def test_edge_of_32_orthogonal_relu_layers():
+    found = jacobian_moments("relu", 2**0.5, 0.0, 32, "orthogonal").maximum
+    assert found.item() == pytest.approx(85.622282, abs=6e-7)
 
 
 def test_edge_of_orthogonal_hard_tanh_networks():
@@ -130,7 +160,10 @@ def test_edge_where_a_share_of_units_is_let_through(p):
     line = critical_line("hard_tanh", q)
     assert line.sigma_w.item() == pytest.approx(sigma_w, rel=1e-9)
     # Depth and s_max² of an independent implementation.
-    table = {0.75: {8: 6.790666, 16: 14.04202, 32: 28.540761}, 0.9: {16: 4.680673}}
+    table = {
+        0.75: {8: 6.790666, 16: 14.04202, 32: 28.540761},
+        0.9: {16: 4.680673, 32: 9.513587},
+    }
     for depth, edge in table[p].items():
         found = jacobian_moments(
             "hard_tanh", sigma_w, line.sigma_b.item(), depth, "orthogonal"
@@ -235,9 +268,17 @@ def test_slopes_have_the_moments_of_their_activation():
 
 # Finite networks, n = 400, 6 seeds.
 
+
+class Erf(nn.Module):
+    def forward(self, x):
+        return x.erf()
+
+
 CASES = [
     ("tanh", nn.Tanh, 0.01, 4),
     ("tanh", nn.Tanh, 0.01, 16),
+    ("erf", Erf, 0.01, 4),
+    ("erf", Erf, 0.01, 16),
     ("hard_tanh", nn.Hardtanh, 0.05, 4),
     ("hard_tanh", nn.Hardtanh, 0.05, 16),
 ]
@@ -260,6 +301,19 @@ def test_spectra_of_wide_networks(case, weights):
     allowed = 0.2 if (weights, depth) == ("gaussian", 16) else 0.08
     edge = expected.maximum.item()
     assert (largest / mean).item() == pytest.approx(edge, rel=allowed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sigma_w", [1.2, 2.0])
+@pytest.mark.parametrize("depth", [5, 10])
+def test_mean_of_wide_networks_off_criticality(sigma_w, depth):
+    """χ^L in the ordered and in the chaotic phase, n = 400, 6 seeds."""
+    field = mean_field("tanh", sigma_w, 0.05**0.5)
+    point = CriticalPoint(torch.tensor(sigma_w), torch.tensor(0.05**0.5), field.q)
+    expected = jacobian_moments("tanh", sigma_w, 0.05**0.5, depth).mean
+    found = measured(depth, nn.Tanh, point, "gaussian")[:, 0].mean()
+    scatter = 1.2 * (depth / 400) ** 0.5
+    assert abs(found / expected - 1) < 4 * scatter / 6**0.5
 
 
 @pytest.mark.slow
@@ -320,5 +374,6 @@ def test_other_bad_arguments_are_refused():
         jacobian_moments("tanh", 1.0, 0.0, 2, "uniform")
     with pytest.raises(ValueError, match="depth is 0"):
         fuss_catalan_moments(0, 3)
-    with pytest.raises(ValueError, match="width is 0"):
-        gaussian_second_moment(0, 3)
+    for function in (gaussian_second_moment, gaussian_squared_mean):
+        with pytest.raises(ValueError, match="width is 0"):
+            function(0, 3)

@@ -114,6 +114,31 @@ def test_wide_residual_networks(name, growth):
     assert square.item() == pytest.approx(expected.p[-1].log().item(), abs=0.3)
 
 
+def test_grid_agrees_with_its_cells_one_by_one():
+    """A phase diagram over σ_w and σ_b, with other branches in other columns."""
+    sigma_w = torch.tensor([0.5, 1.1, 2.0])
+    sigma_b = torch.tensor([0.0, 0.4])
+    arguments = {"depth": 5, "p": 0.8, "c": 0.3, "branch_sigma_b": 0.2}
+    branches = torch.tensor([1.0, 0.7, 0.0])
+    for name in ("tanh", "relu"):
+        grid = residual_trajectory(
+            name,
+            sigma_w[None, :],
+            sigma_b[:, None],
+            branch_sigma_w=branches,
+            **arguments,
+        )
+        assert grid.p.shape == grid.c.shape == grid.log_gradient.shape == (6, 2, 3)
+        for i, j in [(0, 0), (1, 1), (0, 2), (1, 2)]:
+            w, b, v = (t.item() for t in (sigma_w[j], sigma_b[i], branches[j]))
+            cell = residual_trajectory(name, w, b, branch_sigma_w=v, **arguments)
+            for part in ("p", "c", "log_gradient"):
+                found = getattr(grid, part)[:, i, j]
+                assert torch.allclose(found, getattr(cell, part), rtol=1e-12), part
+        # Without a branch nothing happens to a gradient.
+        assert (grid.log_gradient[:, :, 2] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
