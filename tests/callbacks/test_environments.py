@@ -143,7 +143,11 @@ def test_tensorboard(tmp_path):
     assert not found
     drawn = {"ntk/eigenvalues_log10", "jacobian/singular_values_log10"}
     assert {*tags["histograms"]} == drawn
-    assert {*tags["images"]} == {"ntk/kernel"}
+    assert {*tags["images"]} == {
+        "ntk/kernel",
+        "ntk/eigenvalues_log10_over_time",
+        "jacobian/singular_values_log10_over_time",
+    }
     assert [event.step for event in read.Images("ntk/kernel")] == [0, 3, 6, 8]
 
 

@@ -124,7 +124,9 @@ def trained(kind, monitors):
         enable_model_summary=False,
     )
     trainer.fit(model, loader())
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # What monitors measured stands there too, for callbacks that ask for it.
+    logged = {k: v for k, v in trainer.callback_metrics.items() if "/" not in k}
+    metrics = {name: float(value) for name, value in logged.items()}
     return model.state_dict(), metrics
 
 

