@@ -285,8 +285,8 @@ def test_no_run():
 def test_words_are_those_of_the_readme(runs):
     found = figures(report_page(runs))
     assert found["jacobian/log_std"][1] == (
-        "0: dynamical isometry up to scale; not where there are more than 1024 values of "
-        "each example"
+        "0: dynamical isometry up to scale; "
+        "not where there are more than 1024 values of each example"
     )
     assert "0: dynamical isometry up to scale" in readme()
 
