@@ -20,10 +20,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ntk_callbacks import (
+    FeatureMonitor,
     JacobianMonitor,
+    LinearizationMonitor,
     NTKMonitor,
     NTKOptions,
     ParameterDriftMonitor,
+    PredictionMonitor,
     Probe,
     SignalMonitor,
 )
@@ -82,12 +85,16 @@ SCHEDULES = {
 
 
 def monitors(every):
-    """All three, one run: their tags do not meet."""
+    """One of each kind in one run: their tags do not meet."""
+    held_out = Probe(torch.linspace(-1, 1, 12).reshape(4, 3), torch.arange(4) % 2)
     return [
-        NTKMonitor(5, every, by="module", on_error="raise"),
+        NTKMonitor(5, every, by="module", metrics="all", on_error="raise"),
         ParameterDriftMonitor(every, on_error="raise"),
         JacobianMonitor(5, every, on_error="raise"),
         SignalMonitor(5, every, per_layer=True, on_error="raise"),
+        FeatureMonitor(5, every, on_error="raise"),
+        PredictionMonitor(5, every, on_error="raise"),
+        LinearizationMonitor(5, every, held_out=held_out, on_error="raise"),
     ]
 
 
@@ -108,7 +115,9 @@ def unbroken(every):
     run(monitors(every), recorder)
     measured = recorder.measured()
     assert [*measured] == [*SCHEDULES[every]]
-    assert {len(row) for row in measured.values()} == {len(measured[0])}
+    # Nothing was foretold of the start, nor had anything changed.
+    later = [{*row} for step, row in measured.items() if step > 0]
+    assert all({*measured[0]} <= tags == later[0] for tags in later)
     assert len(measured[0]) > 20
     return measured
 
@@ -165,7 +174,10 @@ SAVERS = {
 }
 
 
-@pytest.mark.parametrize("every", SCHEDULES)
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(1, marks=pytest.mark.slow), *[s for s in SCHEDULES if s != 1]],
+)
 @pytest.mark.parametrize("how", SAVERS)
 def test_run_that_died(tmp_path, how, every):
     """Mode 13: references, the last kernel and the path come from the checkpoint."""
@@ -235,6 +247,9 @@ def test_state_is_read_without_unpickling_code():
         ParameterDriftMonitor(2, on_error="raise"),
         JacobianMonitor(5, 2, on_error="raise"),
         SignalMonitor(5, 2, on_error="raise"),
+        FeatureMonitor(5, 2, on_error="raise"),
+        PredictionMonitor(5, 2, on_error="raise"),
+        LinearizationMonitor(5, 2, on_error="raise"),
     ]
     done = run(monitors, max_steps=5)
     done.trainer.save_checkpoint("state.ckpt")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from monitored import same
+from two_processes import plain
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
@@ -69,3 +70,27 @@ def test_synchronized_layers_are_refused_in_train_mode(results):
     """Mode 18: their statistics would wait for the process that does not measure."""
     assert "SyncBatchNorm" in results[True, 0]["text"]
     assert 'mode="eval"' in results[True, 0]["text"]
+
+
+GROUPS = ("ntk", "params", "jacobian", "signal", "features", "prediction", "linear")
+
+
+def test_both_processes_know_the_same_values(results):
+    left, right = (results[True, rank]["plain"]["metrics"] for rank in (0, 1))
+    assert {tag.split("/")[0] for tag in left} >= {*GROUPS}
+    own = {tag for tag in left if "/" not in tag}  # the loss of each one's batch
+    same(*({tag: side[tag] for tag in side.keys() - own} for side in (left, right)))
+    assert left.keys() == right.keys()
+
+
+def test_two_processes_measure_what_one_does(results):
+    """The same batches, whole or halved: equal up to the order of sums."""
+    expected = plain()["measured"]
+    found = results[True, 0]["plain"]["measured"]
+    assert [*found] == [*expected] == [0, 3, 6, 8]
+    for step, row in expected.items():
+        assert row.keys() == found[step].keys()
+        assert {tag.split("/")[0] for tag in row} >= {*GROUPS}
+        for tag, value in row.items():
+            close = pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True)
+            assert found[step][tag] == close, (step, tag)

@@ -6,16 +6,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
-from monitored import Delicate, Recorder, fit, loader, seeded, three_monitors
+from monitored import Delicate, Plain, Recorder, all_monitors, fit, loader, seeded
 from torch import nn
 
-from ntk_callbacks import (
-    NTKMonitor,
-    NTKOptions,
-    PredictionMonitor,
-    SignalMonitor,
-    empirical_ntk,
-)
+from ntk_callbacks import NTKMonitor, NTKOptions, empirical_ntk
 from ntk_callbacks.errors import UnsupportedModelError
 
 
@@ -42,10 +36,7 @@ def callbacks(monitored):
     if not monitored:
         return []
     broken = NTKMonitor(4, 1, output_fn=failing, options=NTKOptions(name="ntk/broken"))
-    others = [
-        kind(4, 3, on_error="raise") for kind in (PredictionMonitor, SignalMonitor)
-    ]
-    return [*three_monitors(every=3), *others, broken]
+    return [*all_monitors(every=3, twin=False), broken]
 
 
 def train(callbacks, **settings):
@@ -65,6 +56,32 @@ def train(callbacks, **settings):
     return run, recorder
 
 
+class Shared(Plain):
+    """Each process takes its part of the same batch."""
+
+    def training_step(self, batch, batch_idx):
+        part = slice(self.global_rank, None, self.trainer.world_size)
+        return super().training_step([tensor[part] for tensor in batch], batch_idx)
+
+
+def plain(**settings):
+    """In double precision and in order, on any number of processes."""
+    seeded()
+    recorder = Recorder()
+    run = fit(
+        Shared(),
+        all_monitors(every=3, twin=False),
+        logger=recorder,
+        train=loader(24, batch_size=6),
+        use_distributed_sampler=False,
+        precision="64-true",
+        max_epochs=2,
+        **settings,
+    )
+    metrics = {tag: float(v) for tag, v in run.trainer.callback_metrics.items()}
+    return {"measured": recorder.measured(), "metrics": metrics}
+
+
 def main(folder, monitored):
     synchronized = Synchronized()
     first, recorder = train([*callbacks(monitored), synchronized], max_epochs=2)
@@ -75,6 +92,8 @@ def main(folder, monitored):
     path = folder / f"{monitored}.ckpt"
     _, recorder = train(callbacks(monitored), max_epochs=3, ckpt_path=path)
     found["resumed"] = recorder.measured()
+    if monitored:
+        found["plain"] = plain(strategy="ddp", devices=2)
     rank = first.trainer.global_rank
     torch.save(found, folder / f"{monitored}.{rank}.pt")
 
