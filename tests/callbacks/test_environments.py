@@ -2,6 +2,8 @@
 
 import csv
 import re
+import tomllib
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -436,3 +438,18 @@ def test_sharded_strategies_are_refused():
     assert not run.recorder.measured()
     seeded()
     same(run.model.state_dict(), fit(Plain()).model.state_dict())
+
+
+# What comes along ------------------------------------------------------------------
+
+
+def test_installing_the_package_changes_no_other():
+    """Mode 40: rich turns the user's progress bar into another one, and a torchvision
+    that does not fit torch breaks Lightning; neither is required, only offered."""
+    path = Path(__file__).parent.parent.parent / "pyproject.toml"
+    listed = tomllib.loads(path.read_text())["project"]["dependencies"]
+    required = {re.match(r"[a-z-]+", text)[0] for text in listed}
+    assert required == {
+        *("torch", "lightning", "torchmetrics", "tensorboard"),
+        *("hydra-core", "jaxtyping", "safetensors"),
+    }
