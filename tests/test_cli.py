@@ -349,23 +349,22 @@ def test_a_checkpoint_that_cannot_go_on_is_refused(ntk_train):
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_process_leaves_a_checkpoint_to_go_on_from(tmp_path):
     command = [sys.executable, "-m", "ntk_callbacks.cli", *TINY]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "trainer.max_epochs=100000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("outputs/mlp/*/checkpoints/last.ckpt")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("outputs/mlp/*/checkpoints/last.ckpt")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert "Go on with:" in out
     (path,) = tmp_path.glob("outputs/mlp/*/checkpoints/last.ckpt")
