@@ -10,9 +10,10 @@ from hydra.utils import instantiate
 
 # What an experiment that is a study takes from the command line.
 STUDY_KEYS = (
-    *("study", "check", "experiment", "scale", "strict", "trainer", "seed", "ckpt"),
+    *("study", "check", "experiment", "scale", "strict", "seed", "ckpt"),
     *("name", "run_dir", "hydra"),
 )
+_DEVICE_KEYS = ("trainer", "trainer.accelerator")
 
 
 def foreign_keys(overrides: Sequence[str]) -> list[str]:
@@ -29,7 +30,11 @@ def foreign_keys(overrides: Sequence[str]) -> list[str]:
         ['model.width']
     """
     keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
-    return [key for key in keys if key.split(".")[0] not in STUDY_KEYS]
+    return [
+        key
+        for key in keys
+        if key.split(".")[0] not in STUDY_KEYS and key not in _DEVICE_KEYS
+    ]
 
 
 def run(config: dict[str, Any], overrides: Sequence[str]) -> float | None:

@@ -1,6 +1,5 @@
 """What `every=` of a monitor takes: one schedule or several, as objects or text."""
 
-import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from ntk_callbacks.callbacks.schedule import (
     every,
     log_spaced,
     never,
+    positive_number,
     whole_number,
 )
 
@@ -136,17 +136,13 @@ def capped(schedule: Every, max_overhead: float = 0.05) -> Schedule:
         >>> capped("epoch", 0.05).text
         '1 epochs, max_overhead=0.05'
     """
-    if isinstance(max_overhead, bool) or not 0 < max_overhead < math.inf:
-        raise ValueError(
-            f"capped: max_overhead={max_overhead!r}; expected a share of the time of "
-            "training such as 0.05."
-        )
+    share = positive_number("capped: max_overhead", max_overhead)
     part = as_schedule(schedule)
     bare = part.text.split(_LIMIT)[0]
     return replace(
         part,
-        text=f"{bare}{_LIMIT}{max_overhead:g}",
-        max_overhead=float(max_overhead),
+        text=f"{bare}{_LIMIT}{share:g}",
+        max_overhead=share,
     )
 
 

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ntk_callbacks.callbacks.schedule import Schedule, count_of, never
+from ntk_callbacks.callbacks.schedule import (
+    Schedule,
+    count_of,
+    never,
+    positive_number,
+)
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,9 @@ def loss_spike(deviations: float = 4.0, over: int = 50) -> Schedule:
         >>> loss_spike(3).text
         'loss spike (3 deviations over 50 updates)'
     """
-    if not deviations > 0 or count_of("loss_spike: over", over) < 2:
-        raise ValueError(
-            "loss_spike: expected deviations > 0 and over ≥ 2, got deviations="
-            f"{deviations!r}, over={over!r}."
-        )
-    event = LossSpike(float(deviations), over)
+    if count_of("loss_spike: over", over) < 2:
+        raise ValueError(f"loss_spike: over={over!r}; expected at least 2 updates.")
+    event = LossSpike(positive_number("loss_spike: deviations", deviations), over)
     return Schedule(event.text, never, never, (event,))
 
 
@@ -138,7 +140,5 @@ def learning_rate_change(factor: float = 2.0) -> Schedule:
         >>> learning_rate_change().text
         'learning-rate change (by 2)'
     """
-    if not factor > 1:
-        raise ValueError(f"learning_rate_change: factor={factor!r}; expected > 1.")
-    event = RateChange(float(factor))
+    event = RateChange(positive_number("learning_rate_change: factor", factor, 1.0))
     return Schedule(event.text, never, never, (event,))

@@ -121,9 +121,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
                 'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
             )
         monitors = [other for other in trainer.callbacks if isinstance(other, Monitor)]
-        with (
-            isolated_rng()
-        ):  # checkers of types at run time draw which items they check
+        with isolated_rng():  # run-time type checkers draw which items they check
             share_kernels(monitor.instrument for monitor in monitors)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

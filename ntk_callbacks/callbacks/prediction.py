@@ -1,5 +1,6 @@
 """PredictionMonitor: what the kernel says of the next step, beside what it does."""
 
+import time
 from typing import Any
 
 from torch.optim import Optimizer
@@ -123,6 +124,7 @@ class PredictionMonitor(Monitor):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._failed or not (self._active(trainer) and self._is_due(trainer)):
             return
+        start = time.perf_counter()
         try:
             refuse_sharded(trainer)
             with isolated_rng():  # copying what an optimizer holds may run any code
@@ -140,6 +142,7 @@ class PredictionMonitor(Monitor):
                 )
         except Exception as error:
             self._failed = error  # told when this update is measured
+        self.when.prepared(time.perf_counter() - start)
 
     def _is_due(self, trainer: Any) -> bool:
         """Whether the next update will be measured, as far as can be known."""

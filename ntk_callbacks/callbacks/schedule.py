@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 StepRule: TypeAlias = Callable[[int], bool]
@@ -162,6 +163,15 @@ def count_of(argument: str, value: object) -> int:
             f"{argument} must be a whole number of at least 1, got {value!r}."
         )
     return n
+
+
+def positive_number(argument: str, value: object, above: float = 0.0) -> float:
+    """A finite number above a bound, or an error that names the argument."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if above < number < math.inf:
+            return number
+    raise ValueError(f"{argument}={value!r}; expected a number above {above:g}.")
 
 
 def never(_count: int) -> bool:

@@ -1,5 +1,6 @@
 """One monitor's decision to measure: its schedule, events, and share of the time."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +27,8 @@ class When:
     def restart(self) -> None:
         """Another run begins, which knows nothing of the last."""
         self._memories: dict[str, dict[str, Any]] = {}
-        self._loss: Tensor | None = None
-        self._loss_step = self._seen = self._event = -1
+        self._losses: dict[int, Tensor] = {}
+        self._seen = self._event = -1
         self._decided: dict[tuple[int, bool], bool] = {}
         self._said = False
         self.start_clock()
@@ -35,12 +36,17 @@ class When:
     def start_clock(self) -> None:
         """A fit begins; overhead is a share of its time."""
         self._start = time.perf_counter()
-        self._spent = self._last = 0.0
+        self._spent = self._last = self._prepared = 0.0
+
+    def prepared(self, seconds: float) -> None:
+        """So much of the next measurement was done before it was due."""
+        self._prepared += seconds
 
     def spent(self, seconds: float) -> None:
-        """A measurement took this long."""
-        self._spent += seconds
-        self._last = seconds
+        """A measurement took this long, besides what was prepared."""
+        self._last = self._prepared + seconds
+        self._spent += self._last
+        self._prepared = 0.0
 
     def note_loss(self, step: int, loss: Tensor) -> None:
         """A loss is about to be differentiated.
@@ -52,9 +58,9 @@ class When:
         if not any(event.needs_loss for event in self.schedule.events):
             return
         part = loss.detach()
-        same = self._loss is not None and self._loss_step == step
-        self._loss = self._loss + part if same else part  # type: ignore[operator]
-        self._loss_step = step
+        self._losses = {
+            step: self._losses[step] + part if step in self._losses else part
+        }
 
     def note_update(self, step: int, rates: Sequence[float]) -> None:
         """The gradients of an update are complete, which decides whether events happen.
@@ -66,8 +72,7 @@ class When:
         """
         if step <= self._seen:
             return
-        known = self._loss is not None and self._loss_step == step
-        loss = float(self._loss) if known else float("nan")  # type: ignore[arg-type]
+        loss = float(self._losses.get(step, math.nan))
         self._seen = step
         happened = [
             event.happens(self._memories.setdefault(event.text, {}), loss, rates)

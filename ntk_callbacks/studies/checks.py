@@ -31,6 +31,10 @@ class Check:
     source: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("value", "tolerance", "at_least", "at_most"):
+            given = getattr(self, name)
+            if not (given is None or isinstance(given, int | float)):
+                raise ValueError(f"check: {name} is {given!r}, expected a number.")
         bounded = self.at_least is not None or self.at_most is not None
         if (self.value is None) != (self.tolerance is None):
             raise ValueError("check: value and tolerance belong together.")

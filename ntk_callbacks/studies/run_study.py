@@ -78,18 +78,16 @@ def run_study(
     for index, (name, parameters) in enumerate(jobs.items(), 1):
         path = folder / JOBS / f"{name}.json"
         wanted = json.loads(json.dumps({**parameters, "seed_of_run": seed}))
-        kept = _kept(path, wanted)
-        if kept is None:
+        if (kept := _kept(path, wanted)) is None:
             start = time.perf_counter()
             _seed(name, seed)
             result = study.run(**parameters, device=device)
             took = time.perf_counter() - start
-            _write(path, {"parameters": wanted, "result": result, "seconds": took})
+            kept = {"parameters": wanted, "result": result, "seconds": took}
+            kept = _write(path, kept)
             say(f"{index}/{len(jobs)}  {name}  {took:.1f} s")
-            kept = _kept(path, wanted)
         else:
             say(f"{index}/{len(jobs)}  {name}  is there already")
-        assert kept is not None
         results[name] = {**kept["parameters"], **kept["result"]}
         seconds += kept["seconds"]
     findings = study.findings(results)
@@ -140,11 +138,13 @@ def _kept(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return found if same else None
 
 
-def _write(path: Path, content: Any) -> None:
-    """All or nothing, also if the process is killed meanwhile."""
+def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What will be read back; all or nothing, also if the process is killed."""
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content), "utf-8")
+    text = json.dumps(content)
+    draft.write_text(text, "utf-8")
     draft.replace(path)
+    return dict(json.loads(text))
 
 
 def _keep(outcome: Outcome, study: Study, results: Results) -> None:

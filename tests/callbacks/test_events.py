@@ -250,6 +250,22 @@ def test_measurements_that_would_cost_too_much_are_left_out(monkeypatch):
     assert measured[-1] - measured[-2] == 30
 
 
+def test_what_is_prepared_before_a_measurement_counts_with_it(monkeypatch):
+    """Of 0.5 s each, 0.4 s before the update."""
+    clock = Clock()
+    monkeypatch.setattr(when, "time", clock)
+    watch = When(capped(1, 0.1), "test")
+    measured = []
+    for step in range(1, 30):
+        clock.now += 1.0
+        if watch.due(step):
+            clock.now += 0.5
+            watch.prepared(0.4)
+            watch.spent(0.1)
+            measured.append(step)
+    assert measured == [1, 10, 15, 20, 25]
+
+
 class Slowly(Callback):
     """Every batch takes a second, every measurement two."""
 
@@ -333,14 +349,17 @@ def test_text_of_a_schedule_names_all_of_it():
         lambda: loss_spike(0),
         lambda: loss_spike(-1.0),
         lambda: loss_spike(math.nan),
+        lambda: loss_spike("big"),
         lambda: loss_spike(over=1),
         lambda: loss_spike(over=2.5),
         lambda: learning_rate_change(1),
         lambda: learning_rate_change(0.1),
+        lambda: learning_rate_change("big"),
         either,
         lambda: either("epoch", "now"),
         lambda: capped("epoch", 0),
         lambda: capped("epoch", -0.1),
+        lambda: capped("epoch", "5%"),
         lambda: capped("epoch", math.nan),
         lambda: capped("epoch", math.inf),
         lambda: capped("epoch", True),

@@ -66,6 +66,8 @@ def test_failed_check_is_an_error_only_if_strict(ntk_train, capsys):
 def test_what_a_study_cannot_use_is_refused(ntk_train):
     with pytest.raises(SystemExit, match=r"model\.width means nothing to it.*widths"):
         ntk_train("experiment=lazy_width", "scale=smoke", "model.width=3")
+    with pytest.raises(SystemExit, match=r"trainer\.max_epochs means nothing"):
+        ntk_train("experiment=lazy_width", "scale=smoke", "trainer.max_epochs=3")
     Path("some.ckpt").touch()
     with pytest.raises(SystemExit, match="goes on with ckpt=last"):
         ntk_train("experiment=lazy_width", "scale=smoke", "ckpt=some.ckpt")

@@ -134,7 +134,7 @@ def test_what_a_check_holds_to(check, inside, outside):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({}, {"value": 1.0}, {"tolerance": 1.0}),
+        *({}, {"value": 1.0}, {"tolerance": 1.0}, {"at_least": "x"}),
         {"value": 1.0, "tolerance": 0.1, "at_most": 2.0},
     ],
 )
