@@ -167,10 +167,9 @@ def count_of(argument: str, value: object) -> int:
 
 def positive_number(argument: str, value: object, above: float = 0.0) -> float:
     """A finite number above a bound, or an error that names the argument."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if above < number < math.inf:
-            return number
+    number = math.nan if isinstance(value, bool | str) else value
+    if isinstance(number, Real) and above < float(number) < math.inf:
+        return float(number)
     raise ValueError(f"{argument}={value!r}; expected a number above {above:g}.")
 
 

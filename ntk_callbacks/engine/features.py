@@ -1,7 +1,5 @@
 """Features: what the last layer of a network reads, and their Gram matrix."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -12,7 +10,7 @@ from ntk_callbacks._types import Inputs, Mode, OutputFunction
 from ntk_callbacks.engine.affine import is_affine
 from ntk_callbacks.engine.arguments import check_choice
 from ntk_callbacks.engine.coupling import forward, refuse_randomness
-from ntk_callbacks.engine.layer_calls import example_axis
+from ntk_callbacks.engine.layer_calls import example_axis, hooked
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.guard import measuring
@@ -198,7 +196,7 @@ def _seen(
         for name, part in watched.items()
         if not penultimate or _has_weights(name, part)
     ]
-    with _hooked(chosen, hook):
+    with hooked((part, hook) for part in chosen):
         forward(function, x)
     return latest[0] if latest else None
 
@@ -213,18 +211,6 @@ def _fewer(
     except Exception:  # whatever a model raises that needs its whole batch
         return None
     return None if found is None else found.shape
-
-
-@contextmanager
-def _hooked(chosen: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    handles = []
-    try:
-        for part in chosen:
-            handles.append(part.register_forward_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _has_weights(name: str, module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """The calls of chosen layers during a forward pass, and where their examples lie."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
@@ -87,6 +87,26 @@ def nothing_to_see(model: nn.Module, layers: object, why: str) -> str:
 
 
 @contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call hooks after the forward passes of modules, for a while.
+
+    Args:
+        hooks: Module and `(module, args, kwargs, result) -> result or None`.
+
+    Yields:
+        Nothing.
+    """
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watched(chosen: dict[str, nn.Module], seen: Seen) -> Iterator[None]:
     """Tell `seen` of every call of the chosen layers; hooks go on exceptions too.
 
@@ -108,16 +128,8 @@ def watched(chosen: dict[str, nn.Module], seen: Seen) -> Iterator[None]:
         given = [t for t in leaves((args, kwargs)) if t.is_floating_point()]
         seen(call, module, given, h)
 
-    handles = []
-    try:
-        for name, module in chosen.items():
-            handles.append(
-                module.register_forward_hook(partial(hook, name), with_kwargs=True)
-            )
+    with hooked((module, partial(hook, name)) for name, module in chosen.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _signal(name: str, module: nn.Module, result: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction
-from ntk_callbacks.engine.layer_calls import LayerFilter, check_layers
+from ntk_callbacks.engine.layer_calls import LayerFilter, check_layers, hooked
 from ntk_callbacks.engine.segment_spectra import SegmentSpectra, segment_spectra
 from ntk_callbacks.engine.segments import Place
 from ntk_callbacks.engine.traces import Subject, opened, run
@@ -168,16 +168,8 @@ def _recorded(chosen: dict[str, nn.Module], calls: dict[str, _Calls]) -> Iterato
         seen.states.append(tuple(leaves(state)))
         return result
 
-    handles = []
-    try:
-        for name, module in chosen.items():
-            handles.append(
-                module.register_forward_hook(partial(hook, name), with_kwargs=True)
-            )
+    with hooked((module, partial(hook, name)) for name, module in chosen.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _spectra(
