@@ -37,7 +37,7 @@ class SignalMonitor(Monitor):
         output_fn: As in `NTKMonitor`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
         per_layer: One curve for each layer too: `signal_layers/q/<layer>`, `…/c/…`,
-            `…/gradient_square/…`.
+            `…/gradient_square/…` and `…/chi/…`, that between a layer and the next.
         name: Group of the tags; tells two monitors apart.
         history: As in `JacobianMonitor`.
         on_error: `"warn"` skips what fails; `"raise"` raises.

@@ -15,7 +15,11 @@ from ntk_callbacks.instruments.instrument import (
     one_of,
     tag_name,
 )
-from ntk_callbacks.instruments.signal_maps import MeanFieldComparison, compared
+from ntk_callbacks.instruments.signal_maps import (
+    MeanFieldComparison,
+    compared,
+    unpredicted,
+)
 from ntk_callbacks.metrics.depth import depth_scale_fit
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -71,6 +75,9 @@ class SignalInstrument:
         self.mode = mode
         self.per_layer = per_layer
         self._probe: Probe | None = None
+        # Whether φ was alone between layers at the first measurement: curves that come
+        # and go with its recognition would have gaps that mean nothing.
+        self._predicted: bool | None = None
 
     def start(self, probe: Probe) -> None:
         """Take the examples whose signals are measured.
@@ -98,7 +105,7 @@ class SignalInstrument:
         Returns:
             q and c of the first and the last layer, the geometric mean of χ, fitted
             depth scales (NaN without a fit), and, where φ alone lies between layers,
-            the distances from the mean-field maps.
+            the distances from the mean-field maps, NaN where it no longer does.
 
         Raises:
             RuntimeError: If `start` was not called.
@@ -114,6 +121,9 @@ class SignalInstrument:
             mode=self.mode,
         )
         theory = compared(found, self.activation)
+        if self._predicted is None:
+            self._predicted = theory is not None
+        theory = (theory or unpredicted(found)) if self._predicted else None
         return Measurement(
             step,
             scalars=numbers(self._scalars(found, theory)),
@@ -142,10 +152,11 @@ class SignalInstrument:
             }
         if self.per_layer:
             by_depth = {"q": q, "c": c, "gradient_square": found.gradient_square}
+            by_depth["chi"] = chi  # of a layer and the next one; the last has none
             scalars |= {
                 f"{name}_layers/{what}/{tag_name(layer)}": value
                 for what, values in by_depth.items()
-                for layer, value in zip(found.names, values, strict=True)
+                for layer, value in zip(found.names, values, strict=False)
             }
         return scalars
 
@@ -167,11 +178,12 @@ class SignalInstrument:
         return {f"{self.name}/{k}_by_depth": vector for k, vector in vectors.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is carried from one measurement to the next."""
-        return {}
+        """Whether the curves of mean-field theory are among those of this run."""
+        return {"predicted": self._predicted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Go on from a state."""
+        self._predicted = state["predicted"]
 
 
 def _geometric_mean(chi: Tensor) -> Tensor | float:

@@ -77,6 +77,19 @@ def compared(
     return MeanFieldComparison(q, c, chi, _mean(errors, 1), _mean(errors, 2))
 
 
+def unpredicted(found: SignalStatistics) -> MeanFieldComparison:
+    """The comparison where no map leads to any layer: NaN throughout.
+
+    Args:
+        found: What was measured.
+
+    Returns:
+        As `compared`.
+    """
+    q = torch.full((len(found.layers),), torch.nan, dtype=torch.float64)
+    return MeanFieldComparison(q, q.clone(), q[1:].clone(), torch.nan, torch.nan)
+
+
 def _mean(errors: list[tuple[float, float, float]], column: int) -> float:
     """Weighted by the outputs of a layer: the scatter of a few would drown the rest."""
     total = sum(row[0] for row in errors)
