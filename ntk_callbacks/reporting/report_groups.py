@@ -29,6 +29,8 @@ _PREFIXES = {
     "monitor": "cost",
 }
 
+_PARTS = ("modules", "tensors", "classes", "layers", "modes", "time")
+
 
 def grouped(tags: Iterable[str]) -> dict[str, list[str]]:
     """Tags by heading; those of parts (modules, tensors) are left in their order.
@@ -51,8 +53,8 @@ def grouped(tags: Iterable[str]) -> dict[str, list[str]]:
 
 
 def of_a_part(tag: str) -> bool:
-    """Whether a quantity is that of one module, tensor or class, of which are many."""
-    return any(f"_{parts}/" in tag for parts in ("modules", "tensors", "classes"))
+    """Whether a quantity is that of one of many: a module, a layer, a class, a mode."""
+    return any(f"_{parts}/" in tag for parts in _PARTS)
 
 
 def _heading(tag: str) -> str:

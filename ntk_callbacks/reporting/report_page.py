@@ -8,6 +8,7 @@ from textwrap import shorten
 from ntk_callbacks.reporting.history import RunHistory
 from ntk_callbacks.reporting.report_axis import number
 from ntk_callbacks.reporting.report_groups import HEADINGS, grouped, of_a_part
+from ntk_callbacks.reporting.report_images import kernel_figures, spectrum_figures
 from ntk_callbacks.reporting.report_meanings import (
     Meaning,
     meaning_of,
@@ -51,7 +52,8 @@ def report_page(
     table = meanings(readme())
     tags = dict.fromkeys(tag for run in runs.values() for tag in run.scalars)
     vectors = dict.fromkeys(tag for run in runs.values() for tag in run.vectors)
-    groups = grouped([*tags, *vectors])
+    matrices = dict.fromkeys(tag for run in runs.values() for tag in run.matrices)
+    groups = grouped([*tags, *vectors, *matrices])
     sections = [_section(key, found, runs, table) for key, found in groups.items()]
     links = "".join(f'<a href="#{key}">{_word(key)}</a>' for key in groups)
     title = f"{len(runs)} runs" if len(runs) > 1 else next(iter(runs))
@@ -131,9 +133,12 @@ def _section(
     runs: Mapping[str, RunHistory],
     table: dict[str, Meaning],
 ) -> str:
-    whole = [tag for tag in tags if not of_a_part(tag)]
+    kept = {tag for run in runs.values() for tag in run.matrices}
+    whole = [tag for tag in tags if not (of_a_part(tag) or tag in kept)]
     parts = [tag for tag in tags if of_a_part(tag)]
     plots = [_figure(f"{key}{i}", tag, runs, table) for i, tag in enumerate(whole)]
+    pictures = [spectrum_figures(tag, runs) for tag in tags]
+    pictures += [kernel_figures(tag, runs) for tag in tags]
     if parts:
         inner = [_figure(f"{key}p{i}", tag, runs, table) for i, tag in enumerate(parts)]
         plots_of_parts = (
@@ -145,7 +150,7 @@ def _section(
     scalars = [tag for tag in whole if any(tag in run.scalars for run in runs.values())]
     return (
         f'<section id="{key}"><h2>{HEADINGS[key]}</h2>'
-        f'<div class="plots">{"".join(plots)}</div>{plots_of_parts}'
+        f'<div class="plots">{"".join(plots + pictures)}</div>{plots_of_parts}'
         f"{_last_values(scalars, runs, table)}</section>"
     )
 

@@ -57,7 +57,8 @@ svg.key{{width:26px;height:12px;margin-right:.45rem;vertical-align:middle}}
 grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr))}}
 figure{{margin:0;padding:.8rem .9rem;background:var(--raised);
 border:1px solid var(--line);border-radius:8px}}
-figure svg{{display:block;width:100%;height:auto}}
+figure svg,figure img{{display:block;width:100%;height:auto}}
+figure img{{image-rendering:pixelated}}
 figcaption{{color:var(--soft);font-size:.87rem}}
 text{{fill:var(--soft);font-size:12.5px}}
 text.label{{fill:var(--ink)}}

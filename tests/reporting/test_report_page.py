@@ -2,18 +2,21 @@
 
 import math
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ntk_callbacks import load_history
 from ntk_callbacks.record import Measurement
 from ntk_callbacks.reporting.history_file import FOLDER, HistoryFile
 from ntk_callbacks.reporting.report_axis import number, step_axis, value_axis
-from ntk_callbacks.reporting.report_groups import HEADINGS, grouped
+from ntk_callbacks.reporting.report_groups import HEADINGS, grouped, of_a_part
 from ntk_callbacks.reporting.report_meanings import meaning_of, meanings, readme
 from ntk_callbacks.reporting.report_page import report_page
 from ntk_callbacks.reporting.report_plot import Curve, Labels, line_plot
@@ -62,7 +65,7 @@ def runs(tmp_path):
 
 def figures(page):
     """Tag -> (its SVG, its caption)."""
-    pattern = r"<figure><h3>(.*?)</h3>(<svg.*?</svg>)<figcaption>(.*?)</figcaption>"
+    pattern = r"<figure><h3>([^<]*)</h3>(<svg.*?</svg>)<figcaption>(.*?)</figcaption>"
     found = re.findall(pattern, page)
     assert len({tag for tag, _, _ in found}) == len(found)
     return {tag: (ElementTree.fromstring(svg), text) for tag, svg, text in found}
@@ -209,7 +212,10 @@ def test_different_probes_are_pointed_out(tmp_path):
 
 
 def test_page_fetches_nothing_and_runs_nothing(runs):
-    page = report_page(runs).lower()
+    # Pictures are part of the page.
+    page = re.sub(
+        r'src="data:image/png;base64,[\w+/=]+"', "", report_page(runs)
+    ).lower()
     for word in ("http", "src=", "url(", "@import", "<script", "<link", "javascript:"):
         assert word not in page
     assert {*re.findall(r'href="(.)', page)} == {"#"}
@@ -397,3 +403,70 @@ def test_long_curves_are_thinned_and_keep_their_extremes():
 def test_nothing_finite_is_said():
     svg = line_plot([Curve(0, "r", [0.0], [math.nan])], Labels("t", "d", "x", "y"), "k")
     assert "no finite value yet" in svg
+
+
+# Pictures ----------------------------------------------------------------------------
+
+
+def pictures(page):
+    """Title -> pixels (height, width, 3) of every embedded image."""
+    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)"', page)
+    return {
+        title: np.asarray(Image.open(BytesIO(b64decode(data))).convert("RGB"))
+        for title, data in found
+    }
+
+
+def kept(folder, matrices):
+    file = HistoryFile(Path(folder, FOLDER), "ntk", matrices=True)
+    file.conventions = {"outputs": "full"}
+    after = -1
+    for step, matrix in matrices.items():
+        vectors = {"ntk/eigenvalues_log10": torch.tensor([0.0, 1.0]) + step}
+        found = {"ntk/kernel": torch.tensor(matrix)}
+        file.append(Measurement(step, {"ntk/trace": 1.0}, vectors, found), after)
+        after = step
+    return load_history(folder)
+
+
+def test_first_and_last_kernel_of_each_run_in_the_same_colors(tmp_path):
+    steps = {0: [[1.0, 0.0], [0.0, 1.0]], 3: [[9.0, 9.0]] * 2, 7: [[2.0, 1.0]] * 2}
+    runs = {
+        "a<b": kept(tmp_path / "a", steps),
+        "one": kept(tmp_path / "b", {0: [[5.0]]}),
+    }
+    found = pictures(report_page(runs))
+    kernels = {title: image for title, image in found.items() if "kernel" in title}
+    assert [*kernels] == [
+        "ntk/kernel: a&lt;b, step 0",
+        "ntk/kernel: a&lt;b, step 7",
+        "ntk/kernel: one, step 0",
+    ]
+    first, last, _ = kernels.values()
+    dark, yellow = (68, 1, 84), (253, 231, 37)
+    side = first.shape[0] // 2
+    assert tuple(first[0, side]) == dark  # 0, the smallest of both
+    assert tuple(last[0, 0]) == yellow  # 2, the largest
+    assert tuple(first[0, 0]) == tuple(last[0, side])  # 1 in both
+    assert tuple(first[0, 0]) not in (dark, yellow)
+
+
+def test_spectra_over_the_steps_of_each_run(tmp_path):
+    steps = {step: [[1.0]] for step in (0, 3, 7)}
+    runs = {"a": kept(tmp_path / "a", steps), "one": kept(tmp_path / "b", {0: [[5.0]]})}
+    page = report_page(runs)
+    assert "ntk/eigenvalues_log10 over the steps: a" in pictures(page)
+    assert "over the steps: one" not in page  # a single step is no course
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        *("ntk_modules/trace/a", "ntk_modes/residual/1", "signal_layers/q/a"),
+        *("features_layers/dead_units/a", "jacobian_time/step/a"),
+        *("params_tensors/displacement/a", "prediction_classes/loss_change_actual/1"),
+    ],
+)
+def test_quantities_of_single_parts_are_folded_away(tag):
+    assert of_a_part(tag)
+    assert not of_a_part(tag.replace("_", "/", 1))
