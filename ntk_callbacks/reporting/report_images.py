@@ -35,8 +35,9 @@ def kernel_figures(tag: str, runs: Mapping[str, RunHistory]) -> str:
         for which, matrix in zip(shown, matrices, strict=True):
             where = f"{name}, step {series.steps[which]}"
             image = heat_map(matrix, limits=(low, high))
-            about = f"Dark {low:.3g}, yellow {high:.3g}, rows and columns are examples"
-            found.append(_picture(f"{tag}: {where}", about, image))
+            about = f"From {low:.3g}, dark, to {high:.3g}, yellow"
+            about += "" if matrix.isfinite().all() else "; gray: undefined"
+            found.append(_picture(f"{tag}: {where}", about, image, "pixels"))
     return "".join(found)
 
 
@@ -63,14 +64,14 @@ def spectrum_figures(tag: str, runs: Mapping[str, RunHistory]) -> str:
             continue
         about = "Across: completed optimizer updates; upward: log10 of the values"
         title = f"{tag} over the steps: {name}"
-        found.append(_picture(title, about, density_image(density)))
+        found.append(_picture(title, about, density_image(density), "wider"))
     return "".join(found)
 
 
-def _picture(title: str, about: str, image: Tensor) -> str:
+def _picture(title: str, about: str, image: Tensor, kind: str) -> str:
     data = b64encode(png(image)).decode("ascii")
     return (
-        f"<figure><h3>{escape(title)}</h3>"
+        f'<figure class="{kind}"><h3>{escape(title)}</h3>'
         f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(about)}.</figcaption></figure>"
     )

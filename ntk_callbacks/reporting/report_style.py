@@ -58,7 +58,8 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr))}}
 figure{{margin:0;padding:.8rem .9rem;background:var(--raised);
 border:1px solid var(--line);border-radius:8px}}
 figure svg,figure img{{display:block;width:100%;height:auto}}
-figure img{{image-rendering:pixelated}}
+figure.pixels img{{image-rendering:pixelated}}
+@media (min-width:60rem){{figure.wider{{grid-column:span 2}}}}
 figcaption{{color:var(--soft);font-size:.87rem}}
 text{{fill:var(--soft);font-size:12.5px}}
 text.label{{fill:var(--ink)}}
