@@ -62,7 +62,7 @@ def spectrum_figures(tag: str, runs: Mapping[str, RunHistory]) -> str:
             density = spectral_densities([*map(int, series.steps)], series.values)
         except ValueError:  # no finite value
             continue
-        about = "Across: completed optimizer updates; upward: log10 of the values"
+        about = "Across: completed optimizer updates; upward: values, logarithmic"
         title = f"{tag} over the steps: {name}"
         found.append(_picture(title, about, density_image(density), "wider"))
     return "".join(found)

@@ -53,7 +53,7 @@ a{{color:var(--run0)}}
 .legend{{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.4rem;padding:0;
 margin:.25rem 0;max-height:6rem;overflow:auto;overflow-wrap:anywhere}}
 svg.key{{width:26px;height:12px;margin-right:.45rem;vertical-align:middle}}
-.plots{{display:grid;gap:1rem;
+.plots{{display:grid;gap:1rem;grid-auto-flow:dense;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,23rem),1fr))}}
 figure{{margin:0;padding:.8rem .9rem;background:var(--raised);
 border:1px solid var(--line);border-radius:8px}}
