@@ -285,4 +285,5 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self._measured = state_dict["measured"]
         self.history += [(step, dict(found)) for step, found in state_dict["history"]]
         self.instrument.load_state_dict(state_dict["instrument"])
-        self.when.load_state_dict(state_dict["events"])
+        # Checkpoints of earlier versions do not have it.
+        self.when.load_state_dict(state_dict.get("events", {}))

@@ -183,7 +183,7 @@ class SignalInstrument:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self._predicted = state["predicted"]
+        self._predicted = state.get("predicted")  # earlier versions did not keep it
 
 
 def _geometric_mean(chi: Tensor) -> Tensor | float:
