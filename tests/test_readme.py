@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from ntk_callbacks import Probe
+from ntk_callbacks.cli_experiments import study_names
 from ntk_callbacks.instruments.features import FeatureInstrument
 from ntk_callbacks.instruments.jacobian import JacobianInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
@@ -56,7 +57,8 @@ def test_make_targets_exist():
 
 
 def test_the_table_names_every_scalar():
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    table = README.partition("| tag |")[2].partition("\n\n")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
     named = set()
     for row in rows:
         tags = re.findall(r"`([^`]+)`", row.split("|")[1])
@@ -98,3 +100,9 @@ def test_the_table_names_every_scalar():
 def _whole(tag, first):
     """`…_min` beside `ntk/eigenvalue_max` stands for `ntk/eigenvalue_min`."""
     return first.rsplit("_", 1)[0] + tag[1:] if tag.startswith("…") else tag
+
+
+def test_every_study_has_its_row():
+    table = README.partition("| command |")[2].partition("\n\n")[0]
+    named = re.findall(r"`ntk-train experiment=(\w+)`", table)
+    assert named == study_names()
