@@ -22,7 +22,9 @@ class SignalMonitor(Monitor):
     where q or c decays like no exponential). Where one layer is given φ of what the
     one before returns: `signal/q_mean_field_error` and `signal/c_mean_field_error`
     (mean |q/q̂ − 1| and |c − ĉ|, each layer predicted from the one before and the
-    layer's own σ_w and σ_b). By depth, as vectors: `signal/q_by_depth` and the like.
+    layer's own σ_w and σ_b), `signal/xi_q_mean_field` and `signal/xi_c_mean_field` (the
+    depth scales of an endless network of such layers). By depth, as vectors:
+    `signal/q_by_depth` and the like.
     `signal_statistics` says how each is defined.
 
     Args:

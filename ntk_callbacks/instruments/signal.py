@@ -105,7 +105,8 @@ class SignalInstrument:
         Returns:
             q and c of the first and the last layer, the geometric mean of χ, fitted
             depth scales (NaN without a fit), and, where φ alone lies between layers,
-            the distances from the mean-field maps, NaN where it no longer does.
+            the distances from the mean-field maps and the depth scales that they
+            predict, NaN where it no longer does.
 
         Raises:
             RuntimeError: If `start` was not called.
@@ -149,6 +150,8 @@ class SignalInstrument:
             scalars |= {
                 f"{name}/q_mean_field_error": theory.q_error,
                 f"{name}/c_mean_field_error": theory.c_error,
+                f"{name}/xi_q_mean_field": theory.xi_q,
+                f"{name}/xi_c_mean_field": theory.xi_c,
             }
         if self.per_layer:
             by_depth = {"q": q, "c": c, "gradient_square": found.gradient_square}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ntk_callbacks.engine.signals import LayerSignal, SignalStatistics, mean_correlation
 from ntk_callbacks.theory.activations import ACTIVATIONS, Activation, elementwise
 from ntk_callbacks.theory.expectations import moment, pair_moment
+from ntk_callbacks.theory.mean_field import mean_field
 
 _EXAMPLES = 8  # pairs of these: quadrature for every pair of a probe takes seconds
 
@@ -30,6 +31,10 @@ class MeanFieldComparison:
         q_error: Mean of |q/q̂ − 1| over the outputs of all layers, for the first
             examples of the probe.
         c_error: The same of |c − ĉ|.
+        xi_q: Predicted layers in which q settles, in a deep network of one φ with the
+            mean σ_w² and σ_b² of the layers between the first and the last; NaN where
+            nothing decays exponentially or there is no such network.
+        xi_c: The same of c.
     """
 
     q: Float[Tensor, " l"]
@@ -37,6 +42,8 @@ class MeanFieldComparison:
     chi: Float[Tensor, " steps"]
     q_error: float
     c_error: float
+    xi_q: float
+    xi_c: float
 
 
 def compared(
@@ -74,7 +81,10 @@ def compared(
         off_q = float((measured / q[i + 1] - 1).abs())
         off_c = abs(mean_correlation(there) - float(c[i + 1]))
         errors.append((second.units, off_q, off_c))
-    return MeanFieldComparison(q, c, chi, _mean(errors, 1), _mean(errors, 2))
+    # The last layer is read out by few units and often initialized otherwise.
+    inner = [row for row in mapped if row[0] + 2 < len(found.layers)]
+    xi = _depth_scales([phi for _, phi, _, _ in inner], [row[3] for row in inner])
+    return MeanFieldComparison(q, c, chi, _mean(errors, 1), _mean(errors, 2), *xi)
 
 
 def unpredicted(found: SignalStatistics) -> MeanFieldComparison:
@@ -87,7 +97,34 @@ def unpredicted(found: SignalStatistics) -> MeanFieldComparison:
         As `compared`.
     """
     q = torch.full((len(found.layers),), torch.nan, dtype=torch.float64)
-    return MeanFieldComparison(q, q.clone(), q[1:].clone(), torch.nan, torch.nan)
+    return MeanFieldComparison(q, q.clone(), q[1:].clone(), *[torch.nan] * 4)
+
+
+def _depth_scales(
+    phis: list[Activation], layers: list[LayerSignal]
+) -> tuple[float, float]:
+    """ξ_q and ξ_c of an endless network of such layers."""
+    if len(set(phis)) != 1:
+        return torch.nan, torch.nan
+    w2, b2, q = (
+        sum(values) / len(layers)
+        for values in (
+            [layer.sigma_w**2 for layer in layers],
+            [layer.sigma_b**2 for layer in layers],
+            [float(layer.covariance.diagonal().mean()) for layer in layers],
+        )
+    )
+    try:
+        field = mean_field(phis[0], w2**0.5, b2**0.5, q0=q)
+    except ValueError:  # no signal, or an activation that grows too fast
+        return torch.nan, torch.nan
+    xi_q, xi_c = float(field.xi_q), float(field.xi_c)
+    return _finite(xi_q), _finite(xi_c)
+
+
+def _finite(xi: float) -> float:
+    """NaN, which charts leave out, in place of the infinity that would stretch them."""
+    return xi if xi < torch.inf else torch.nan
 
 
 def _mean(errors: list[tuple[float, float, float]], column: int) -> float:

@@ -15,7 +15,10 @@ from ntk_callbacks.metrics.depth import depth_scale_fit
 
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
 PLAIN = {"q_first", "q_last", "c_first", "c_last", "chi", "xi_q", "xi_c"}
-THEORY = {"q_mean_field_error", "c_mean_field_error"}
+THEORY = {
+    *("q_mean_field_error", "c_mean_field_error"),
+    *("xi_q_mean_field", "xi_c_mean_field"),
+}
 
 
 def measured(net, x, targets=None, **settings):
@@ -198,9 +201,62 @@ def test_depth_scales_are_fitted_to_all_but_the_last_layer():
     # σ_w = 2: ξ_q = 0.87 and ξ_c = 6.98 close to the fixed point.
     assert 0.3 < fits["q"] < 3
     assert 3 < fits["c"] < 14
+    inner = [layer.weight for layer in list(net)[2:-1:2]]
+    w2 = np.mean([width * float(w.detach().square().mean()) for w in inner])
+    xi_q, xi_c = depth_scales_of_tanh(w2, 0.05)
+    predicted = found.scalars
+    assert predicted["signal/xi_q_mean_field"] == pytest.approx(xi_q, rel=1e-5)
+    assert predicted["signal/xi_c_mean_field"] == pytest.approx(xi_c, rel=1e-5)
     shallow = measured(network(6, 6, 6), torch.randn(4, 6).double()).scalars
     assert math.isnan(shallow["signal/xi_q"])
     assert math.isnan(shallow["signal/xi_c"])
+
+
+def depth_scales_of_tanh(w2, b2):
+    """−1/log of the slopes of both maps, by differences, where iterating them ends."""
+
+    def variance(q):
+        return w2 * float(WEIGHTS @ np.tanh(math.sqrt(q) * NODES) ** 2) + b2
+
+    def correlation(c, q):
+        return (w2 * expectation(np.tanh, q, q, c * q) + b2) / q
+
+    q, c = 1.0, 0.5
+    for _ in range(60):
+        q = variance(q)
+    for _ in range(300):
+        c = correlation(c, q)
+    slopes = (
+        (variance(q + 1e-4) - variance(q - 1e-4)) / 2e-4,
+        (correlation(c + 1e-4, q) - correlation(c - 1e-4, q)) / 2e-4,
+    )
+    return [-1 / math.log(slope) for slope in slopes]
+
+
+def test_depth_scales_where_nothing_decays():
+    """At its critical point ReLU keeps q, and c nears 1 as a power of the depth."""
+    net = network(*[6] * 7, activation=nn.ReLU, orthogonal=True, scale=2**0.5)
+    scalars = measured(net, torch.randn(4, 6).double()).scalars
+    assert math.isnan(scalars["signal/xi_q_mean_field"])
+    assert math.isnan(scalars["signal/xi_c_mean_field"])
+    # χ = σ_w²/2 is the slope of both maps of ReLU at the fixed point q = σ_b²/(1 − χ).
+    net = network(*[6] * 7, activation=nn.ReLU, orthogonal=True, bias=0.1, scale=1.0)
+    scalars = measured(net, torch.randn(4, 6).double()).scalars
+    expected = pytest.approx(1 / math.log(2), rel=1e-6)
+    assert scalars["signal/xi_q_mean_field"] == expected
+    assert scalars["signal/xi_c_mean_field"] == expected
+
+
+def test_depth_scales_are_of_one_kind_of_layer():
+    """Neither the first and the last layer nor two kinds of φ have an endless twin."""
+    x = torch.randn(4, 6).double()
+    mixed = network(6, 6, 6, 6, 6, scale=1.0)
+    mixed[1] = nn.ReLU()
+    for net in (mixed, network(6, 6, 6, scale=1.0)):
+        scalars = measured(net, x).scalars
+        assert math.isnan(scalars["signal/xi_q_mean_field"])
+        assert math.isnan(scalars["signal/xi_c_mean_field"])
+        assert not math.isnan(scalars["signal/q_mean_field_error"])
 
 
 def test_growth_of_gradients_is_the_geometric_mean():
