@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
+    from ntk_callbacks.studies.loss_prediction import LossPrediction
 
 __all__ = [
     "BatchNormExplosion",
     "FiniteWidth",
     "LazyScale",
     "LazyWidth",
+    "LossPrediction",
 ]
 
 # Imported when first asked for: one study needs not wait for the others.
@@ -22,6 +24,7 @@ _LAZY = {
     "FiniteWidth": "finite_width",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
+    "LossPrediction": "loss_prediction",
 }
 
 
