@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
+    from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchNormExplosion",
+    "DoubleDescent",
     "FiniteWidth",
     "LazyScale",
     "LazyWidth",
@@ -21,6 +23,7 @@ __all__ = [
 # Imported when first asked for: one study needs not wait for the others.
 _LAZY = {
     "BatchNormExplosion": "batchnorm_explosion",
+    "DoubleDescent": "double_descent",
     "FiniteWidth": "finite_width",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
