@@ -15,8 +15,8 @@ from ntk_callbacks.engine.layer_calls import (
     nothing_to_see,
 )
 from ntk_callbacks.engine.memory import memory_bytes
+from ntk_callbacks.engine.segment_jacobians import jacobians
 from ntk_callbacks.engine.segment_spectra import SegmentSpectra, segment_spectra
-from ntk_callbacks.engine.segments import jacobians
 from ntk_callbacks.engine.traces import Trace, traced
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 
@@ -106,7 +106,7 @@ def layer_jacobian(
                 f"{budget / 2**20:.3g} MiB. Raise `memory_budget`, take fewer "
                 "examples, or ask `jacobian_by_depth` for singular values only."
             )
-        (found,) = jacobians([first], last, trace.examples, trace.joint)
+        (found,) = jacobians([(first, last)], trace.examples, trace.joint)
         return found
 
     layers = {name: part for name, part in named.items() if name in chosen}
@@ -166,18 +166,17 @@ tensor([[5.]], dtype=torch.float64))
         if not places:
             why = nothing_to_see(model, layers, "calls no layer that is chosen")
             raise UnsupportedModelError(why)
-        pairs = [([a], b) for a, b in pairwise(places)]
         kept = trace.examples, trace.joint
         inputs = trace.inputs
         return DepthSpectra(
             tuple(trace.layers),
-            segment_spectra(pairs, *kept),
+            segment_spectra([*pairwise(places)], *kept),
             None
             if inputs is None
             else segment_spectra(
-                [([inputs], place) for place in places], *kept, products=False
+                [(inputs, place) for place in places], *kept, products=False
             ),
-            segment_spectra([(places, trace.outputs)], *kept),
+            segment_spectra([(place, trace.outputs) for place in places], *kept),
         )
 
     chosen = chosen_layers(model, layers)
@@ -225,7 +224,7 @@ def input_spectra(
     """
 
     def spectra(trace: Trace) -> SegmentSpectra:
-        pair = [trace.floating_inputs()], trace.outputs
+        pair = trace.floating_inputs(), trace.outputs
         return segment_spectra([pair], trace.examples, trace.joint)
 
     (found,) = traced(

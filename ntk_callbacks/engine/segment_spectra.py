@@ -1,20 +1,16 @@
 """Size and extremes of the singular values of ∂(end)/∂(start), wide or narrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress, groupby
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ntk_callbacks.engine.bidiagonal import extreme_singular_values
-from ntk_callbacks.engine.segments import (
-    LARGEST_BLOCK,
-    Place,
-    Segment,
-    jacobians,
-    pulled_back,
-)
+from ntk_callbacks.engine.segment_jacobians import LARGEST_BLOCK, Pair, jacobians
+from ntk_callbacks.engine.segments import Place, Segment, pulled_back
 from ntk_callbacks.engine.spectral import singular_values
 from ntk_callbacks.layout import widened
 
@@ -68,49 +64,41 @@ class SegmentSpectra:
 
 
 def segment_spectra(
-    pairs: list[tuple[list[Place], Place]],
-    examples: int,
-    joint: bool,
-    *,
-    products: bool = True,
+    pairs: Sequence[Pair], examples: int, joint: bool, *, products: bool = True
 ) -> SegmentSpectra:
-    """Spectra of ∂(end)/∂(start) for every start of every pair, in order.
+    """Spectra of ∂(end)/∂(start) for every pair, in order.
 
     Args:
-        pairs: Starts that share an end, and this end.
+        pairs: Starts and ends; neighbors that share one of them share the work.
         examples: How many examples have a Jacobian: the first ones.
         joint: Whether examples depend on one another.
         products: Whether the extremes of Jacobians too wide to be formed are looked
             for, which takes 64 products each way; else these are NaN.
 
     Returns:
-        k is the number of starts.
+        k is the number of pairs.
     """
-    rows: list[list[Tensor]] = []
-    formed: list[bool] = []
-    for starts, end in pairs:
-        fits = [_is_formed(start, end, examples) for start in starts]
-        # Starts share the backward passes from one end; wide ends are shared by none.
-        shared = end.size <= WIDEST_FORMED
-        together = [s for s, fit in zip(starts, fits, strict=True) if fit and shared]
-        blocks = jacobians(together, end, examples, joint)
-        wide = [s for s, fit in zip(starts, fits, strict=True) if not fit]
-        means = _mean_squares(wide, end, examples, joint)
-        for start, fit in zip(starts, fits, strict=True):
-            if fit:
-                alone = jacobians([start], end, examples, joint)
-                rows.append(_exact(next(blocks if shared else alone)))
-                continue
-            row = [next(means), *[torch.full((examples,), torch.nan).double()] * 2]
-            if products and start.is_known and end.is_known:
-                row[1:] = _extremes(Segment(start, end, examples, joint))
-            rows.append(row)
-        formed += fits
-    if not rows:
+    if not pairs:
         empty = torch.zeros(0, examples, dtype=torch.float64)
         return SegmentSpectra(empty, empty, empty, torch.zeros(0, dtype=torch.bool))
+    fits = [_is_formed(*pair, examples) for pair in pairs]
+    blocks = jacobians(list(compress(pairs, fits)), examples, joint)
+    wide = compress(pairs, [not fit for fit in fits])
+    means = chain.from_iterable(
+        _mean_squares(list(sharing), examples, joint)
+        for _, sharing in groupby(wide, lambda pair: id(pair[1]))
+    )
+    rows: list[list[Tensor]] = []
+    for (start, end), fit in zip(pairs, fits, strict=True):
+        if fit:
+            rows.append(_exact(next(blocks)))
+            continue
+        row = [next(means), *[torch.full((examples,), torch.nan).double()] * 2]
+        if products and start.is_known and end.is_known:
+            row[1:] = _extremes(Segment(start, end, examples, joint))
+        rows.append(row)
     size, largest, smallest = (torch.stack(found) for found in zip(*rows, strict=True))
-    return SegmentSpectra(size, largest, smallest, torch.tensor(formed))
+    return SegmentSpectra(size, largest, smallest, torch.tensor(fits))
 
 
 def _is_formed(start: Place, end: Place, examples: int) -> bool:
@@ -124,11 +112,10 @@ def _exact(jacobian: Float[Tensor, "n c d"]) -> list[Tensor]:
 
 
 def _mean_squares(
-    starts: list[Place], end: Place, examples: int, joint: bool
+    sharing: list[Pair], examples: int, joint: bool
 ) -> Iterator[Float[Tensor, " n"]]:
-    """‖J‖²/r from E‖Jᵀz‖², the same z for all starts."""
-    if not starts:
-        return iter(())
+    """‖J‖²/r from E‖Jᵀz‖², the same z for all starts, which share the end."""
+    starts, end = [start for start, _ in sharing], sharing[0][1]
     generator = torch.Generator().manual_seed(0)
     totals = [torch.zeros(examples, dtype=torch.float64) for _ in starts]
     for _ in range(_SAMPLES):

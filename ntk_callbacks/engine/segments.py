@@ -5,7 +5,7 @@ numbers of one example. Derivatives are total: they go along every path through 
 and past it nothing is held that autograd would move.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,9 +20,8 @@ from ntk_callbacks.layout import widened
 Product: TypeAlias = Callable[[Tensor], Tensor]
 """(m, d) -> (m, c): one vector for each example, multiplied by its matrix."""
 
-LARGEST_BLOCK = 2**26
-"""Numbers of Jacobians that are held at a time."""
-_AUDITED = 1e-3  # float32 sums are off by 1e-5 or so, a wrong derivative by order one
+AUDITED = 1e-3
+"""Float32 sums are off by 1e-5 or so, a wrong derivative by order one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,24 @@ class Place:
             tuple(axes),
             n,
             tensors[0].detach().new_empty(0),
+        )
+
+    @classmethod
+    def joined(cls, places: "Sequence[Place]") -> "Place":
+        """Several places of one forward pass as one, the numbers of the first first.
+
+        Args:
+            places: Of one dtype.
+
+        Returns:
+            The place of all their tensors.
+        """
+        return cls(
+            tuple(edge for place in places for edge in place.edges),
+            tuple(shape for place in places for shape in place.shapes),
+            tuple(axis for place in places for axis in place.axes),
+            places[0].n,
+            places[0].like,
         )
 
     @property
@@ -179,7 +196,7 @@ class Segment:
         left = widened(u * pushed).sum(1)
         right = widened(pulled * v).sum(1)
         scale = widened(pushed).norm(dim=1) * widened(u).norm(dim=1)
-        if ((left - right).abs() > _AUDITED * scale).any():
+        if ((left - right).abs() > AUDITED * scale).any():
             raise UnsupportedModelError(
                 "J·v by differentiating the backward pass disagrees with Jᵀ·u: a "
                 "function of this model has a backward pass that cannot be "
@@ -241,57 +258,3 @@ def _each(product: Any, rows: Tensor, n: int, joint: bool) -> Tensor:
         alone[i] = row
         found.append(product(alone)[i])
     return torch.stack(found)
-
-
-def jacobians(
-    starts: list[Place], end: Place, examples: int, joint: bool
-) -> Iterator[Float[Tensor, "m c _"]]:
-    """∂(end)/∂(start) of the first examples, for one start after the other.
-
-    Starts share their backward passes, c of them, as far as memory goes; one with fewer
-    numbers than the end takes a product for each of its own instead.
-
-    Args:
-        starts: Where derivatives are taken by.
-        end: What is differentiated.
-        examples: How many examples.
-        joint: As in `Segment`.
-
-    Yields:
-        The Jacobians `(m, c, d)`, in order.
-    """
-    c = end.size
-    waiting: list[Place] = []
-    for start in starts:
-        if len(starts) == 1 and start.size < c and start.is_known and end.is_known:
-            columns = _by_columns(Segment(start, end, examples, joint))
-            if columns is not None:
-                yield columns
-                return
-        held = sum(place.size for place in waiting) + start.size
-        if waiting and examples * c * held > LARGEST_BLOCK:
-            yield from _by_rows(waiting, end, examples, joint)
-            waiting = []
-        waiting.append(start)
-    if waiting:
-        yield from _by_rows(waiting, end, examples, joint)
-
-
-def _by_rows(
-    starts: list[Place], end: Place, examples: int, joint: bool
-) -> list[Float[Tensor, "m c _"]]:
-    rows = [
-        pulled_back(starts, end, unit.expand(examples, -1), joint)
-        for unit in torch.eye(end.size).to(end.like)
-    ]
-    return [torch.stack(found, 1) for found in zip(*rows, strict=True)]
-
-
-def _by_columns(segment: Segment) -> Float[Tensor, "m c d"] | None:
-    """From J v; None where a backward pass cannot be differentiated."""
-    units = torch.eye(segment.shape[1]).to(segment.start.like)
-    try:
-        columns = [segment.times(unit.expand(segment.examples, -1)) for unit in units]
-    except (RuntimeError, UnsupportedModelError):
-        return None
-    return torch.stack(columns, 2)

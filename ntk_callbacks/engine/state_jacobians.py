@@ -209,9 +209,9 @@ def _spectra(
     return TimeSpectra(
         times,
         length,
-        segment_spectra([([known[t]], known[t + 1]) for t in times.tolist()], *kept),
+        segment_spectra([(known[t], known[t + 1]) for t in times.tolist()], *kept),
         segment_spectra(
-            [([known[t] for t in times.tolist()], known[length])],
+            [(known[t], known[length]) for t in times.tolist()],
             *kept,
             products=False,
         ),
