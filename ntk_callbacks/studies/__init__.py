@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
     from ntk_callbacks.studies.loss_prediction import LossPrediction
+    from ntk_callbacks.studies.resnet_init import ResNetInit
 
 __all__ = [
     "BatchNormExplosion",
@@ -18,6 +19,7 @@ __all__ = [
     "LazyScale",
     "LazyWidth",
     "LossPrediction",
+    "ResNetInit",
 ]
 
 # Imported when first asked for: one study needs not wait for the others.
@@ -28,6 +30,7 @@ _LAZY = {
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
     "LossPrediction": "loss_prediction",
+    "ResNetInit": "resnet_init",
 }
 
 
