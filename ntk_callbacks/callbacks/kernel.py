@@ -45,8 +45,8 @@ class NTKMonitor(Monitor):
     - `sharpness`, the largest eigenvalue of the Gauss-Newton matrix of the loss on the
       probe, preconditioned as the optimizer does it, `sharpness_limit`, where the
       optimizer becomes unstable (2/η, with momentum or Adam's form), and their ratio;
-    - `batchnorm_gap`: relative difference of the kernel through batch statistics from
-      that through running ones, if the model has them; costs a second kernel;
+    - `batchnorm_gap`: relative difference of the pseudo-NTK through batch statistics
+      from that through running ones, if the model has them; costs a second kernel;
     - `trace_share`, `drift_share`: with `by`, what each part adds to the trace, and to
       the squared drift, as `ntk_modules/trace_share/…` and `…/drift_share/…`.
 

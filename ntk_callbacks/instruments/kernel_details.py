@@ -67,17 +67,30 @@ def _class_blocks(view: KernelView) -> Tensor | None:
 
 
 def _batchnorm_gap(view: KernelView) -> Tensor | float | None:
-    """‖Θ_train − Θ_eval‖/‖Θ_eval‖, both of the weights now."""
+    """‖Θ_train − Θ_eval‖/‖Θ_eval‖ of pseudo-NTKs, both of the weights now."""
+    # Through batch statistics each row of J takes a backward pass of the whole batch,
+    # and the sum of the outputs has c times fewer rows.
     source = view.source
     if source is None or not source.has_batch_statistics():
         return None
     training = source.request.mode == "train"
+    here = _pseudo(view)
     try:
-        other = source.kernel(mode="eval" if training else "train")
+        if here is None:
+            here = source.kernel(outputs="pseudo")
+        other = source.kernel(outputs="pseudo", mode="eval" if training else "train")
     except UnsupportedModelError:  # batch statistics of all processes
         return torch.nan
-    train, evaluated = (view.ntk, other) if training else (other, view.ntk)
+    train, evaluated = (here, other) if training else (other, here)
     return metrics.relative_change(train, evaluated)
+
+
+def _pseudo(view: KernelView) -> Tensor | None:
+    """The kernel of Σₖ fₖ/√c, (1/c) Σₖₗ Θ[:, :, k, l]; None if Θ does not tell."""
+    if view.ntk.ndim == 4:
+        return widened(view.ntk).sum((2, 3)) / view.ntk.shape[-1]
+    known = view.source is not None and view.source.request.outputs == "pseudo"
+    return view.ntk if known else None
 
 
 def _sharpness(view: KernelView) -> Tensor | float | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from ntk_callbacks._types import Inputs, Kernel, Mode
+from ntk_callbacks._types import Inputs, Kernel, Mode, Outputs
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.guard import measuring
@@ -50,19 +50,26 @@ class KernelSource:
         self,
         *,
         mode: Mode | None = None,
+        outputs: Outputs | None = None,
         scaling: dict[str, float | Tensor] | None = None,
     ) -> Kernel:
-        """The kernel in another mode, or preconditioned.
+        """The kernel in another mode, of other outputs, or preconditioned.
 
         Args:
             mode: `"eval"` or `"train"`; None for that of the request.
+            outputs: As in `empirical_ntk`; None for those of the request.
             scaling: As in `empirical_ntk`.
 
         Returns:
-            A kernel of the outputs and parameters of the request, whole.
+            A kernel of the parameters of the request, whole.
         """
-        mode = mode or self.request.mode
-        request = replace(self.request, by=None, mode=mode, scaling=scaling)
+        request = replace(
+            self.request,
+            by=None,
+            mode=mode or self.request.mode,
+            outputs=outputs or self.request.outputs,
+            scaling=scaling,
+        )
         parts, _ = self.kernels.measure(self.model, self.inputs, request, self.step)
         return parts[""]
 

@@ -1,5 +1,6 @@
 """What a kernel tells on demand, against formulas on paper and loops in NumPy."""
 
+import copy
 import math
 import re
 
@@ -191,6 +192,41 @@ def test_gap_between_batch_and_running_statistics(mode):
     gap = np.linalg.norm(trained - evaluated) / np.linalg.norm(evaluated)
     assert found == pytest.approx(gap, **CLOSE)
     assert all(torch.equal(before[name], v) for name, v in net.state_dict().items())
+
+
+def pseudo_ntk_by_loop(net, x):
+    """Gradients of the sum of the outputs of each example of the whole batch."""
+    sums = net(x).sum(1) / net(x).shape[1] ** 0.5
+    rows = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(s, [*net.parameters()], **KEPT)]
+        )
+        for s in sums
+    ]
+    j = torch.stack(rows)
+    return (j @ j.T).numpy()
+
+
+KEPT = {"retain_graph": True}
+
+
+@pytest.mark.parametrize("outputs", ["full", "trace", "diagonal", "pseudo"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_gap_is_of_the_sum_of_the_outputs(mode, outputs):
+    torch.manual_seed(0)
+    net = classifier()
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+    twin = copy.deepcopy(net)
+    evaluated = pseudo_ntk_by_loop(twin.eval(), PROBE.inputs)
+    trained = pseudo_ntk_by_loop(twin.train(), PROBE.inputs)
+    gap = np.linalg.norm(trained - evaluated) / np.linalg.norm(evaluated)
+    instrument = KernelInstrument(
+        metrics=["batchnorm_gap"], outputs=outputs, options=NTKOptions(mode=mode)
+    )
+    instrument.start(PROBE)
+    found = instrument.measure(net, 0).scalars["ntk/batchnorm_gap"]
+    assert found == pytest.approx(gap, **CLOSE)
 
 
 def test_no_gap_without_running_statistics():
