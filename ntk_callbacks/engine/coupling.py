@@ -40,7 +40,7 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
         )
 
 
-def is_coupled(function: ModelFunction, x: Inputs) -> bool:
+def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> bool:
     """Whether the output of an example changes when it is run without its neighbors.
 
     True for BatchNorm on batch statistics, batches that are one graph, contrastive
@@ -52,12 +52,13 @@ def is_coupled(function: ModelFunction, x: Inputs) -> bool:
     Args:
         function: The model as it is measured.
         x: A batch.
+        count: How many examples are asked about, the first ones; None for all.
 
     Returns:
-        Whether any example depends on the rest of the batch.
+        Whether any of these depends on the rest of the batch.
     """
-    n = batch_size(x)
-    if n == 1:
+    n = count or batch_size(x)
+    if batch_size(x) == 1:
         return False
     here, noisy = function.params | function.fixed, beside(function)
     joint_here, joint_noisy = forward(function, x), _attempt(function, x, noisy)

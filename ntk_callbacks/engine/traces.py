@@ -111,8 +111,8 @@ def opened(
         if n == 0:
             raise ValueError("the inputs hold no example.")
         refuse_randomness(function, x)
-        joint = mode == "train" or is_coupled(function, x)
         count = n if count is None else min(count, n)
+        joint = mode == "train" or is_coupled(function, x, count)
         yield Subject(function, x if joint else examples(x, 0, count), count, joint)
 
 
