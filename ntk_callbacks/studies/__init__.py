@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.lazy_width import LazyWidth
     from ntk_callbacks.studies.loss_prediction import LossPrediction
     from ntk_callbacks.studies.resnet_init import ResNetInit
+    from ntk_callbacks.studies.signal_propagation import SignalPropagation
 
 __all__ = [
     "BatchNormExplosion",
@@ -20,6 +21,7 @@ __all__ = [
     "LazyWidth",
     "LossPrediction",
     "ResNetInit",
+    "SignalPropagation",
 ]
 
 # Imported when first asked for: one study needs not wait for the others.
@@ -31,6 +33,7 @@ _LAZY = {
     "LazyWidth": "lazy_width",
     "LossPrediction": "loss_prediction",
     "ResNetInit": "resnet_init",
+    "SignalPropagation": "signal_propagation",
 }
 
 
