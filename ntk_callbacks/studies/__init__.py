@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
+    from ntk_callbacks.studies.learning_modes import LearningModes
     from ntk_callbacks.studies.loss_prediction import LossPrediction
     from ntk_callbacks.studies.resnet_init import ResNetInit
     from ntk_callbacks.studies.signal_propagation import SignalPropagation
@@ -19,6 +20,7 @@ __all__ = [
     "FiniteWidth",
     "LazyScale",
     "LazyWidth",
+    "LearningModes",
     "LossPrediction",
     "ResNetInit",
     "SignalPropagation",
@@ -31,6 +33,7 @@ _LAZY = {
     "FiniteWidth": "finite_width",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
+    "LearningModes": "learning_modes",
     "LossPrediction": "loss_prediction",
     "ResNetInit": "resnet_init",
     "SignalPropagation": "signal_propagation",
