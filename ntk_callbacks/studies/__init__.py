@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.finite_width import FiniteWidth
+    from ntk_callbacks.studies.kernel_regression import KernelRegression
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
     from ntk_callbacks.studies.learning_modes import LearningModes
@@ -18,6 +19,7 @@ __all__ = [
     "BatchNormExplosion",
     "DoubleDescent",
     "FiniteWidth",
+    "KernelRegression",
     "LazyScale",
     "LazyWidth",
     "LearningModes",
@@ -31,6 +33,7 @@ _LAZY = {
     "BatchNormExplosion": "batchnorm_explosion",
     "DoubleDescent": "double_descent",
     "FiniteWidth": "finite_width",
+    "KernelRegression": "kernel_regression",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
     "LearningModes": "learning_modes",

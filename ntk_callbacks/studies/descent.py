@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ntk_callbacks.layout import as_matrix
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,3 +59,26 @@ def descend(
         losses.append(float(loss(model(x), y)))
     optimizer.zero_grad()
     return losses
+
+
+def best_heavy_ball(ntk: Tensor) -> tuple[float, float]:
+    """The constant learning rate and momentum that converge fastest on a quadratic.
+
+    Args:
+        ntk: Kernel on the training set; eigenvalues within round-off of zero, which no
+            rate helps, count as round-off.
+
+    Returns:
+        η of a loss ½ Σ (f − y)², and β; every eigendirection then shrinks by √β a step.
+
+    Example:
+        >>> best_heavy_ball(torch.diag(torch.tensor([9.0, 1.0])))
+        (0.25, 0.25)
+
+    References:
+        Polyak 1964, "Some methods of speeding up the convergence of iteration methods".
+    """
+    values = torch.linalg.eigvalsh(as_matrix(ntk) if ntk.ndim > 2 else ntk)
+    least = values[-1] * torch.finfo(values.dtype).eps
+    low, high = values[0].clamp(min=least).sqrt().item(), values[-1].sqrt().item()
+    return (2 / (high + low)) ** 2, ((high - low) / (high + low)) ** 2
