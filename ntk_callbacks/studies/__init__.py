@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
+    from ntk_callbacks.studies.deep_cnn import DeepCNN
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.kernel_regression import KernelRegression
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchNormExplosion",
+    "DeepCNN",
     "DoubleDescent",
     "FiniteWidth",
     "KernelRegression",
@@ -31,6 +33,7 @@ __all__ = [
 # Imported when first asked for: one study needs not wait for the others.
 _LAZY = {
     "BatchNormExplosion": "batchnorm_explosion",
+    "DeepCNN": "deep_cnn",
     "DoubleDescent": "double_descent",
     "FiniteWidth": "finite_width",
     "KernelRegression": "kernel_regression",
