@@ -19,7 +19,15 @@ from torch import nn
 
 from ntk_callbacks import empirical_ntk
 from ntk_callbacks.experiments.layers import Conv2d, Linear
-from ntk_callbacks.theory import convolutional, fully_connected
+from ntk_callbacks.theory import (
+    Learning,
+    activate,
+    convolutional,
+    dense,
+    fully_connected,
+    infinite_width_kernels,
+    sequential,
+)
 
 TABLES = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "nngp_and_ntk.json").read_text()
@@ -138,14 +146,42 @@ def test_sixty_seeds_of_width_2048(activation, sigma_w, sigma_b, depth):
     """The mean is off by less than 0.02, and no network by more than 0.20.
 
     One network of three layers is off by c/√n with c of 1.9 to 2.9, the mean of twenty
-    by 0.009 to 0.014: beyond 0.02 in one draw out of ten. Of sixty it is 0.008 at most.
+    by 0.009 to 0.014: beyond 0.02 in one draw out of ten, so that the second best of
+    three draws is looked at. Of sixty it is 0.008 at most.
     """
     arguments = {"depth": depth, "activation": activation}
     arguments |= {"sigma_w": sigma_w, "sigma_b": sigma_b}
     limit = theory(mlp, arguments)
     kernels = measured(mlp, arguments, X, 2048, 60)
     assert relative_error(kernels.mean(0), limit) <= 0.02
+    twenties = [relative_error(part.mean(0), limit) for part in kernels.split(20)]
+    assert sorted(twenties)[1] <= 0.02
     assert max(relative_error(kernel, limit) for kernel in kernels) <= 0.20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [1, 2])
+def test_networks_as_torch_initializes_them(depth):
+    """nn.Linear as it comes: Var W = Var b = 1/(3 fan_in), standard parametrization."""
+
+    def layer(fan_in):
+        learning = Learning("standard", fan_in)
+        return dense(1 / math.sqrt(3), 1 / math.sqrt(3 * fan_in), learning=learning)
+
+    hidden = [sequential(activate("relu"), layer(512)) for _ in range(depth)]
+    limit = infinite_width_kernels(sequential(layer(4), *hidden), X).ntk
+
+    def network(width):
+        parts = [nn.Linear(4, width), nn.ReLU()]
+        for _ in range(depth - 1):
+            parts += [nn.Linear(width, width), nn.ReLU()]
+        return nn.Sequential(*parts, nn.Linear(width, 1))
+
+    kernels = measured(network, {}, X, 512, 60)
+    errors = [relative_error(kernel, limit) for kernel in kernels]
+    # 0.07 and 0.10 for one network on 4 inputs, and less for the mean by √60.
+    assert relative_error(kernels.mean(0), limit) <= 0.03
+    assert sum(errors) / 60 <= 0.15
 
 
 @pytest.mark.slow
