@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
     from ntk_callbacks.studies.deep_cnn import DeepCNN
     from ntk_callbacks.studies.double_descent import DoubleDescent
+    from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.kernel_regression import KernelRegression
     from ntk_callbacks.studies.lazy_scale import LazyScale
@@ -20,6 +21,7 @@ __all__ = [
     "BatchNormExplosion",
     "DeepCNN",
     "DoubleDescent",
+    "EdgeOfStability",
     "FiniteWidth",
     "KernelRegression",
     "LazyScale",
@@ -35,6 +37,7 @@ _LAZY = {
     "BatchNormExplosion": "batchnorm_explosion",
     "DeepCNN": "deep_cnn",
     "DoubleDescent": "double_descent",
+    "EdgeOfStability": "edge_of_stability",
     "FiniteWidth": "finite_width",
     "KernelRegression": "kernel_regression",
     "LazyScale": "lazy_scale",
