@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
     from ntk_callbacks.studies.finite_width import FiniteWidth
+    from ntk_callbacks.studies.isometry import Isometry
     from ntk_callbacks.studies.kernel_regression import KernelRegression
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
@@ -23,6 +24,7 @@ __all__ = [
     "DoubleDescent",
     "EdgeOfStability",
     "FiniteWidth",
+    "Isometry",
     "KernelRegression",
     "LazyScale",
     "LazyWidth",
@@ -39,6 +41,7 @@ _LAZY = {
     "DoubleDescent": "double_descent",
     "EdgeOfStability": "edge_of_stability",
     "FiniteWidth": "finite_width",
+    "Isometry": "isometry",
     "KernelRegression": "kernel_regression",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
