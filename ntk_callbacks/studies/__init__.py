@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
     from ntk_callbacks.studies.learning_modes import LearningModes
+    from ntk_callbacks.studies.linearized import Linearized
     from ntk_callbacks.studies.loss_prediction import LossPrediction
     from ntk_callbacks.studies.resnet_init import ResNetInit
     from ntk_callbacks.studies.signal_propagation import SignalPropagation
@@ -29,6 +30,7 @@ __all__ = [
     "LazyScale",
     "LazyWidth",
     "LearningModes",
+    "Linearized",
     "LossPrediction",
     "ResNetInit",
     "SignalPropagation",
@@ -46,6 +48,7 @@ _LAZY = {
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
     "LearningModes": "learning_modes",
+    "Linearized": "linearized",
     "LossPrediction": "loss_prediction",
     "ResNetInit": "resnet_init",
     "SignalPropagation": "signal_propagation",
