@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntk_callbacks.studies.batchnorm_explosion import BatchNormExplosion
+    from ntk_callbacks.studies.continual import Continual
     from ntk_callbacks.studies.deep_cnn import DeepCNN
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchNormExplosion",
+    "Continual",
     "DeepCNN",
     "DoubleDescent",
     "EdgeOfStability",
@@ -39,6 +41,7 @@ __all__ = [
 # Imported when first asked for: one study needs not wait for the others.
 _LAZY = {
     "BatchNormExplosion": "batchnorm_explosion",
+    "Continual": "continual",
     "DeepCNN": "deep_cnn",
     "DoubleDescent": "double_descent",
     "EdgeOfStability": "edge_of_stability",
