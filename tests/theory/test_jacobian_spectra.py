@@ -48,13 +48,23 @@ def bernoulli_edge(p, depth):
     return 1 / (p**depth * z * (1 + z) ** (depth - 1) / (z + p) ** depth)
 
 
+def haar(gaussian):
+    """A uniform orthogonal matrix: the signs that qr leaves are not uniform.
+
+    Mezzadri 2007, arXiv:math-ph/0609050. Its diagonal would be negative on average, and
+    ReLU would let fewer than half of the units through.
+    """
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
+
+
 def network(depth, n, activation, point, weights, generator):
     """Layers φ(·) then W, b, so that the input is the first pre-activation."""
     layers = []
     for _ in range(depth):
         linear = nn.Linear(n, n, dtype=torch.float64)
         w = torch.randn(n, n, dtype=torch.float64, generator=generator)
-        w = torch.linalg.qr(w)[0] if weights == "orthogonal" else w / n**0.5
+        w = haar(w) if weights == "orthogonal" else w / n**0.5
         b = torch.randn(n, dtype=torch.float64, generator=generator)
         linear.weight.data, linear.bias.data = point.sigma_w * w, point.sigma_b * b
         layers += [activation(), linear]
@@ -330,15 +340,18 @@ def test_spectra_of_wide_linear_networks(depth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", [4, 8])
-def test_edge_of_wide_orthogonal_relu_networks(depth):
+@pytest.mark.parametrize(("depth", "n"), [(4, 400), (8, 800)])
+def test_edge_of_wide_orthogonal_relu_networks(depth, n):
+    """Within 5 %. At n = 400 and depth 8 finite width takes off 4.7 % (40 seeds)."""
     point = critical_point("relu", 0.0)
-    found = measured(depth, nn.ReLU, point, "orthogonal")
+    found = measured(depth, nn.ReLU, point, "orthogonal", n=n)
     mean, spread, largest = found.mean(0)
     expected = jacobian_moments("relu", 2**0.5, 0.0, depth, "orthogonal")
-    # The mean scatters; the shape of the spectrum is what is held to 5 %.
     assert largest / mean == pytest.approx(expected.maximum.item(), rel=0.05)
     assert spread == pytest.approx(expected.variance.item(), rel=0.1)
+    # s_max² itself scatters with the mean, by √(L/n) from draw to draw.
+    if depth == 4:
+        assert largest == pytest.approx(expected.maximum.item(), rel=0.05)
 
 
 def test_orthogonal_linear_networks_are_isometries():
