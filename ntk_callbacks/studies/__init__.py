@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.isometry import Isometry
+    from ntk_callbacks.studies.kernel_evolution import KernelEvolution
     from ntk_callbacks.studies.kernel_regression import KernelRegression
     from ntk_callbacks.studies.lazy_scale import LazyScale
     from ntk_callbacks.studies.lazy_width import LazyWidth
@@ -28,6 +29,7 @@ __all__ = [
     "EdgeOfStability",
     "FiniteWidth",
     "Isometry",
+    "KernelEvolution",
     "KernelRegression",
     "LazyScale",
     "LazyWidth",
@@ -47,6 +49,7 @@ _LAZY = {
     "EdgeOfStability": "edge_of_stability",
     "FiniteWidth": "finite_width",
     "Isometry": "isometry",
+    "KernelEvolution": "kernel_evolution",
     "KernelRegression": "kernel_regression",
     "LazyScale": "lazy_scale",
     "LazyWidth": "lazy_width",
