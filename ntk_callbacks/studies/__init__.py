@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
     from ntk_callbacks.studies.finite_width import FiniteWidth
+    from ntk_callbacks.studies.gating import Gating
     from ntk_callbacks.studies.isometry import Isometry
     from ntk_callbacks.studies.kernel_evolution import KernelEvolution
     from ntk_callbacks.studies.kernel_regression import KernelRegression
@@ -28,6 +29,7 @@ __all__ = [
     "DoubleDescent",
     "EdgeOfStability",
     "FiniteWidth",
+    "Gating",
     "Isometry",
     "KernelEvolution",
     "KernelRegression",
@@ -48,6 +50,7 @@ _LAZY = {
     "DoubleDescent": "double_descent",
     "EdgeOfStability": "edge_of_stability",
     "FiniteWidth": "finite_width",
+    "Gating": "gating",
     "Isometry": "isometry",
     "KernelEvolution": "kernel_evolution",
     "KernelRegression": "kernel_regression",
