@@ -67,7 +67,8 @@ def run_study(
         TensorBoard image.
 
     Raises:
-        ValueError: If the study has no jobs, or a check names no number of it.
+        ValueError: If the study has no jobs, a job returns a number under the name of
+            one of its parameters, or a check names no number of the study.
     """
     jobs = study.jobs()
     if not jobs:
@@ -88,6 +89,9 @@ def run_study(
             say(f"{index}/{len(jobs)}  {name}  {took:.1f} s")
         else:
             say(f"{index}/{len(jobs)}  {name}  is there already")
+        if twice := kept["parameters"].keys() & kept["result"].keys():
+            names = ", ".join(sorted(twice))
+            raise ValueError(f"{name}: parameters and results are both called {names}.")
         results[name] = {**kept["parameters"], **kept["result"]}
         seconds += kept["seconds"]
     findings = study.findings(results)

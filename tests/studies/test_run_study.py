@@ -110,6 +110,13 @@ def test_failed_check_is_told(tmp_path):
     assert lines(outcome)[-1].split() == ["largest", "9", "8", "±", "0.5", "FAILED"]
 
 
+def test_two_numbers_of_one_name_are_an_error(tmp_path, monkeypatch):
+    twice = staticmethod(lambda *, number, device: {"square": 4, "number": 2})
+    monkeypatch.setattr(Squares, "run", twice)
+    with pytest.raises(ValueError, match=r"number=1: .* are both called number"):
+        run(tmp_path)
+
+
 def test_what_a_study_refuses(tmp_path):
     with pytest.raises(ValueError, match="no job"):
         run(tmp_path, [])
