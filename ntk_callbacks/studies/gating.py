@@ -188,9 +188,7 @@ class Gating:
             accuracies = [self._best(results, kind, length) for length in self.lengths]
             right.plot(self.lengths, accuracies, "o-", color=color, label=kind)
         left.set_xlabel("time t (steps)")
-        left.set_ylabel(
-            "s² of the Jacobian from the state at t to the last, at the start"
-        )
+        left.set_ylabel("s² of ∂(last state)/∂(state at t), at the start")
         left.legend(title="mean; dotted: largest")
         right.axhline(1 / _CLASSES, color="gray", linestyle=":", label="guessing")
         right.set_xticks(self.lengths, [str(length) for length in self.lengths])
