@@ -160,8 +160,8 @@ class SignalPropagation:
         axes.legend(fontsize="small")
 
     def _draw_live(self, axes: "Axes", live: Result, name: str) -> None:
-        last = max(*live["steps"], 1)
-        for step, values in zip(live["steps"], live[f"live_{name}"], strict=True):
+        last = max(*live["live_steps"], 1)
+        for step, values in zip(live["live_steps"], live[f"live_{name}"], strict=True):
             share = math.log1p(step) / math.log1p(last)
             axes.plot(
                 range(1, self.depth + 1),
@@ -237,7 +237,7 @@ def _live(
         by_depth = [curve for tag, curve in curves.items() if tag.startswith(group)]
         by_depth = by_depth[: len(direct)]  # the readout is the last
         values = torch.tensor([curve.values.tolist() for curve in by_depth]).double().mT
-        result["steps"] = [int(step) for step in by_depth[0].steps]
+        result["live_steps"] = [int(step) for step in by_depth[0].steps]
         result[f"live_{name}"] = values.tolist()
         difference = _largest(values[0] / direct - 1)
         result["live_difference"] = max(result["live_difference"], difference)

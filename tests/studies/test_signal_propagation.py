@@ -72,7 +72,7 @@ def test_what_the_monitor_saw_is_kept_by_step():
     torch.manual_seed(0)
     job = STUDY.jobs()["live"]
     found = SignalPropagation.run(**job | {"steps": 2}, device="cpu")
-    assert found["steps"] == [0, 1, 2]
+    assert found["live_steps"] == [0, 1, 2]
     for name in ("q", "c", "chi"):
         by_step = torch.tensor(found[f"live_{name}"])
         assert by_step.shape == (3, 3)
