@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.deep_cnn import DeepCNN
     from ntk_callbacks.studies.double_descent import DoubleDescent
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
+    from ntk_callbacks.studies.elbows import Elbows
     from ntk_callbacks.studies.finite_width import FiniteWidth
     from ntk_callbacks.studies.gating import Gating
     from ntk_callbacks.studies.isometry import Isometry
@@ -28,6 +29,7 @@ __all__ = [
     "DeepCNN",
     "DoubleDescent",
     "EdgeOfStability",
+    "Elbows",
     "FiniteWidth",
     "Gating",
     "Isometry",
@@ -49,6 +51,7 @@ _LAZY = {
     "DeepCNN": "deep_cnn",
     "DoubleDescent": "double_descent",
     "EdgeOfStability": "edge_of_stability",
+    "Elbows": "elbows",
     "FiniteWidth": "finite_width",
     "Gating": "gating",
     "Isometry": "isometry",
