@@ -63,7 +63,7 @@ class Linearized:
             f"width={width},seed={seed}": {
                 "width": width,
                 "seed": seed,
-                "twin": seed < self.twins,
+                "train_twin": seed < self.twins,
                 **common,
             }
             for width, seeds in sorted(self.networks.items())
@@ -75,7 +75,7 @@ class Linearized:
         *,
         width: int,
         seed: int,
-        twin: bool,
+        train_twin: bool,
         steps: int,
         share: float,
         depth: int,
@@ -92,7 +92,7 @@ class Linearized:
         closed = dynamics.gradient_descent(
             ntk, f0, f0 + y, learning_rate=rate, steps=at
         ).train
-        linear = dynamics.linearize(model) if twin else None
+        linear = dynamics.linearize(model) if train_twin else None
         settings = (x, f0 + y, rate, at)
         network = _outputs(model, *settings) - f0
         closed = closed.to(f0) - f0
@@ -135,7 +135,7 @@ class Linearized:
             "largest_gap_of_widest": largest[widest],
             "gap_at_the_end_of_widest": end[widest],
             "gap_slope": log_log_slope(lazy),
-            "twin_gap": max(r["twin_gap"] for r in results.values() if r["twin"]),
+            "twin_gap": max(r["twin_gap"] for r in results.values() if "twin" in r),
         }
         return Findings(table, numbers)
 
@@ -162,7 +162,7 @@ class Linearized:
             if width in (widths[0], widths[-1]):
                 label = f"width {width}: "
                 outputs.plot(at, first["network"], color=color, label=f"{label}network")
-                if first["twin"]:
+                if "twin" in first:
                     outputs.plot(
                         at,
                         first["twin"],

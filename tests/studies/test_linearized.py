@@ -11,7 +11,7 @@ SETTINGS = {"share": 0.4, "depth": 1, "device": "cpu"}
 
 def test_a_linear_model_has_no_gap():
     found = Linearized.run(
-        width=1, seed=0, twin=True, steps=20, share=0.4, depth=0, device="cpu"
+        width=1, seed=0, train_twin=True, steps=20, share=0.4, depth=0, device="cpu"
     )
     assert found["at"] == [0, 1, 2, 3, 4, 6, 7, 10, 13, 18, 20]
     assert max(found["gaps"]) < 1e-12
@@ -22,7 +22,7 @@ def test_a_linear_model_has_no_gap():
 def test_outputs_are_those_of_a_plain_loop():
     """The network by hand, and f₀ + (1 − (1 − ηΘ)ᵏ) y with Θ from autograd."""
     torch.manual_seed(0)
-    found = Linearized.run(width=5, seed=0, twin=True, steps=7, **SETTINGS)
+    found = Linearized.run(width=5, seed=0, train_twin=True, steps=7, **SETTINGS)
     torch.manual_seed(0)
     x, y = points("cpu")
     model = MLP((6,), 1, 5, 1, "tanh", "ntk", 1.5, 0.1).double()
@@ -54,17 +54,12 @@ def test_outputs_are_those_of_a_plain_loop():
 
 
 def test_slope_parting_and_twins():
-    def result(width, twin=False):
+    def result(width, **twin):
         gaps = [0.0, 32 / width, 1 / width**2]
-        return {
-            "width": width,
-            "at": [0, 1, 10],
-            "gaps": gaps,
-            "twin": twin,
-            "twin_gap": 0.5,
-        }
+        return {"width": width, "at": [0, 1, 10], "gaps": gaps, **twin}
 
-    results = {str(n): result(n, n == 16) for n in (4, 16, 64, 1024)}
+    results = {str(n): result(n) for n in (4, 64, 1024)}
+    results["16"] = result(16, twin=[], twin_gap=0.5)
     study = Linearized({4: 1, 16: 1, 64: 1, 1024: 1}, lazy_from=16, parted=0.4)
     numbers, table = study.findings(results).numbers, study.findings(results).table
     assert numbers["gap_slope"] == pytest.approx(-1)
