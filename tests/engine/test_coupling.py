@@ -6,7 +6,9 @@ from oracles import ntk_by_loop, relative_error
 from torch import nn
 
 from ntk_callbacks import empirical_ntk
+from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.functional import ModelFunction
 
 
 class Grouped(nn.Module):
@@ -70,3 +72,30 @@ def test_dropout_behind_a_head_of_zeros_is_found():
 
     with pytest.raises(UnsupportedModelError, match="draws random numbers"):
         empirical_ntk(Drops().eval(), torch.randn(4, 3))
+
+
+def test_an_output_near_zero_is_not_coupled():
+    """Sums of thousands that cancel leave round-off, which the batch size changes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 2048), nn.Tanh(), nn.Linear(2048, 1))
+    x = torch.randn(40, 64)
+    # Along a line between examples with outputs of both signs there is one of almost 0.
+    low, high = x[net(x)[:, 0].argmin()], x[net(x)[:, 0].argmax()]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if net(middle) > 0 else (middle, high)
+    x[:10] = middle
+    function = ModelFunction(net)
+    gaps = [(net(x[i : i + 1]) - net(x)[i]).abs() / net(x)[i].abs() for i in range(10)]
+    assert max(gaps) > 1e-3  # else nothing is tested
+    assert not is_coupled(function, x)
+
+
+def test_weak_coupling_is_found():
+    def forward(net, x):
+        f = net(x)
+        return f + 1e-2 * f.mean()
+
+    net = nn.Linear(64, 1)
+    x = torch.randn(8, 64)
+    assert is_coupled(ModelFunction(net, output_fn=forward), x)
