@@ -25,12 +25,22 @@ def gradients_of(outputs: Tensor) -> Gradients:
     Returns:
         A function of one number and the leaves to differentiate it by.
     """
-    # `autograd.grad` raises on its way through a reentrant checkpoint, and gives zeros
-    # for the parameters inside if nothing before it is differentiated.
-    nodes = graph_nodes(outputs)
-    if any("CheckpointFunction" in node.name() for node in nodes):
-        return _by_backward
-    return _by_grad
+    return _by_backward if has_reentrant_checkpoint(outputs) else _by_grad
+
+
+def has_reentrant_checkpoint(outputs: Tensor) -> bool:
+    """Whether gradients are hidden in a checkpoint that runs autograd inside autograd.
+
+    `autograd.grad` raises on its way through one, and gives zeros for the parameters
+    inside if nothing before it is differentiated.
+
+    Args:
+        outputs: What the forward pass gave.
+
+    Returns:
+        Whether there is one in its graph.
+    """
+    return any("CheckpointFunction" in node.name() for node in graph_nodes(outputs))
 
 
 def graph_nodes(outputs: Tensor) -> Iterator[Node]:

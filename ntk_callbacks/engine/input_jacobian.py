@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction
-from ntk_callbacks.engine.backward import gradients_of
+from ntk_callbacks.engine.backward import gradients_of, has_reentrant_checkpoint
 from ntk_callbacks.engine.coupling import forward, is_coupled, refuse_randomness
 from ntk_callbacks.engine.memory import memory_bytes
+from ntk_callbacks.engine.segment_jacobians import jacobians
+from ntk_callbacks.engine.segments import Place
 from ntk_callbacks.engine.spectral import singular_values
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
@@ -195,10 +197,14 @@ def _differentiable(x: Inputs) -> tuple[Inputs, list[Tensor]]:
 
 
 def _independent_block(function: ModelFunction, x: Inputs) -> Float[Tensor, "m c d"]:
-    """One backward pass for each output: Σᵢ f_k(xᵢ) has the rows of all examples."""
+    """A backward pass for several outputs: Σᵢ f_k(xᵢ) has the rows of all examples."""
     x, sources = _differentiable(x)
 
     def rows(outputs: Float[Tensor, "m c"]) -> Tensor:
+        if outputs.requires_grad and not has_reentrant_checkpoint(outputs):
+            m = len(outputs)
+            pair = Place.of(sources, [0] * len(sources), m), Place.of([outputs], [0], m)
+            return next(jacobians([pair], m, joint=False))
         gradients = gradients_of(outputs)
         return torch.stack(
             [_flat(gradients(column.sum(), sources)) for column in outputs.unbind(1)],

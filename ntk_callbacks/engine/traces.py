@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction, Params
 from ntk_callbacks.engine.arguments import check_choice
-from ntk_callbacks.engine.backward import graph_nodes
+from ntk_callbacks.engine.backward import has_reentrant_checkpoint
 from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
 from ntk_callbacks.engine.layer_calls import batch_axes, watched
 from ntk_callbacks.engine.segments import Place
@@ -243,7 +243,7 @@ def _leaves(function: ModelFunction) -> Params:
 
 
 def _refuse_hidden(outputs: Tensor) -> None:
-    if any("CheckpointFunction" in node.name() for node in graph_nodes(outputs)):
+    if has_reentrant_checkpoint(outputs):
         raise UnsupportedModelError(
             "a reentrant checkpoint hides the gradients inside it. Call "
             "checkpoint(..., use_reentrant=False)."
