@@ -118,13 +118,13 @@ class EdgeOfStability:
         instrument.optimizers = [optimizer]
         instrument.start(Probe(x, y))
         due = _measured_steps(steps)
-        curve: dict[str, list[float]] = {"steps": [], "sharpness": []}
+        curve: dict[str, list[float]] = {"measured_at": [], "sharpness": []}
         for step in range(steps + 1):
             optimizer.zero_grad()
             loss = _loss(model, x, y)
             if step in due:
                 found = instrument.measure(model, step).scalars
-                curve["steps"].append(step)
+                curve["measured_at"].append(step)
                 curve["sharpness"].append(float(found["ntk/sharpness"]))
             if step < steps:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -175,7 +175,7 @@ class EdgeOfStability:
                 result = self._of(results, kind, rate)[0]
                 color = f"C{number}" if rate in rates else "0.5"
                 axes.plot(
-                    result["steps"],
+                    result["measured_at"],
                     result["sharpness"],
                     color=color,
                     label=f"η = {rate:g}",
@@ -200,21 +200,22 @@ def late_share(result: Result, *, mean: bool) -> float:
     """Sharpness over the edge when training ends.
 
     Args:
-        result: Of a job: `steps`, `sharpness` and `edge`.
+        result: Of a job: `measured_at`, `sharpness` and `edge`.
         mean: Take the mean over the second half of the updates, not the last one.
 
     Returns:
         A number; NaN if training diverged.
 
     Example:
-        >>> result = {"steps": [0, 5, 10], "sharpness": [1.0, 3.0, 5.0], "edge": 4.0}
+        >>> result = {"measured_at": [0, 5, 10], "sharpness": [1.0, 3.0, 5.0]}
+        >>> result["edge"] = 4.0
         >>> late_share(result, mean=False), late_share(result, mean=True)
         (1.25, 1.0)
     """
-    last = result["steps"][-1]
+    last = result["measured_at"][-1]
     late = [
         value
-        for step, value in zip(result["steps"], result["sharpness"], strict=True)
+        for step, value in zip(result["measured_at"], result["sharpness"], strict=True)
         if step == last or (mean and step >= last / 2)
     ]
     return float(sum(late) / len(late) / result["edge"])

@@ -74,7 +74,7 @@ def test_sharpness_is_that_of_the_hessian_at_zero_loss(monkeypatch):
 def test_edge_of_each_optimizer(name, edge):
     result = STUDY.run(**STUDY.jobs()[name], device="cpu")
     assert result["edge"] == pytest.approx(edge)
-    assert result["steps"] == [0, 1, 2, 3]
+    assert result["measured_at"] == [0, 1, 2, 3]
     assert math.isnan(result["sharpness"][0]) == name.startswith("adam")
     assert all(value > 0 for value in result["sharpness"][1:])
 
@@ -86,7 +86,7 @@ def test_findings_on_made_up_sharpness():
         sharpness = ends.get(job["kind"], [1.0, math.nan, math.nan])
         if job["rate"] == STUDY.small_rate:
             sharpness = [1.0, 2.0, 6.0]
-        result = {"steps": [0, 2, 4], "sharpness": sharpness, "edge": 4.0}
+        result = {"measured_at": [0, 2, 4], "sharpness": sharpness, "edge": 4.0}
         made_up[name] = {**job, **result, "hessian": 3.96, "loss": 0.0}
     numbers = STUDY.findings(made_up).numbers
     assert numbers["gd_lowest"] == numbers["gd_highest"] == pytest.approx(0.9)
