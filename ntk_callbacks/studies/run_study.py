@@ -84,14 +84,13 @@ def run_study(
             _seed(name, seed)
             result = study.run(**parameters, device=device)
             took = time.perf_counter() - start
+            if twice := ", ".join(sorted(wanted.keys() & result.keys())):
+                raise ValueError(f"{name}: parameters and results both have {twice}.")
             kept = {"parameters": wanted, "result": result, "seconds": took}
             kept = _write(path, kept)
             say(f"{index}/{len(jobs)}  {name}  {took:.1f} s")
         else:
             say(f"{index}/{len(jobs)}  {name}  is there already")
-        if twice := kept["parameters"].keys() & kept["result"].keys():
-            names = ", ".join(sorted(twice))
-            raise ValueError(f"{name}: parameters and results are both called {names}.")
         results[name] = {**kept["parameters"], **kept["result"]}
         seconds += kept["seconds"]
     findings = study.findings(results)
