@@ -91,20 +91,22 @@ def table(finished: Iterable[Finished]) -> str:
         Lines of text.
     """
     lines = [
-        "| command | minutes | checked number | expected | measured | |",
-        "|---|---|---|---|---|---|",
+        "| command | minutes | figure | checked number | expected | measured | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for study in finished:
         command = f"`ntk-train experiment={study.name}`"
         if study.found is None:
-            lines.append(f"| {command} | | | | | **no result** |")
+            lines.append(f"| {command} | | | | | | **no result** |")
             continue
         minutes = f"{study.found['seconds'] / 60:.1f}"
+        figure = str(study.folder / "figure.png")
         for check in study.found["checks"]:
             word = "ok" if check["passed"] else "**failed**"
             cells = check["name"], check["expected"], f"{check['measured']:.4g}", word
-            lines.append(f"| {command} | {minutes} | {' | '.join(cells)} |")
-            command = minutes = ""
+            row = command, minutes, figure, *cells
+            lines.append(f"| {' | '.join(row)} |")
+            command = minutes = figure = ""
     return "\n".join(lines)
 
 
@@ -143,7 +145,6 @@ def main() -> None:
             if not study.passed:
                 print(study.output, flush=True)
     print("\n" + table(done[name] for name in names))
-    print(f"\nFigures: {options.folder}/<name>/figure.png")
     if not all(study.passed for study in done.values()):
         sys.exit(1)
 

@@ -29,13 +29,14 @@ def finished(name="some", *, passed=True, measured=0.51234, checks=2):
 def test_table_of_checked_numbers():
     rows = table([finished(), finished("other", passed=False, checks=1)])
     assert rows.splitlines()[2:] == [
-        "| `ntk-train experiment=some` | 1.5 | slope | 0.5 ± 0.1 | 0.5123 | ok |",
-        "|  |  | slope | 0.5 ± 0.1 | 0.5123 | ok |",
-        "| `ntk-train experiment=other` | 1.5 | slope | 0.5 ± 0.1 | 0.5123 "
-        "| **failed** |",
+        "| `ntk-train experiment=some` | 1.5 | folder/figure.png | slope | 0.5 ± 0.1 "
+        "| 0.5123 | ok |",
+        "|  |  |  | slope | 0.5 ± 0.1 | 0.5123 | ok |",
+        "| `ntk-train experiment=other` | 1.5 | folder/figure.png | slope | 0.5 ± 0.1 "
+        "| 0.5123 | **failed** |",
     ]
     nothing = Finished("none", cli_experiments.Path("folder"), None, "")
-    assert table([nothing]).endswith("| | | | | **no result** |")
+    assert table([nothing]).endswith("| | | | | | **no result** |")
 
 
 def test_studies_are_found():
@@ -62,7 +63,7 @@ def test_all_that_pass_end_well(ntk_experiments, monkeypatch):
     monkeypatch.setattr(cli_experiments, "run_one", lambda name, *_: finished(name))
     said = ntk_experiments("--at-once", "3", "--folder", "here")
     assert said.count("  ok\n") == len(study_names())
-    assert "Figures: here/<name>/figure.png" in said
+    assert said.count("| folder/figure.png |") == len(study_names())
 
 
 def test_wrong_words(ntk_experiments, capsys):

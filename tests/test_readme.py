@@ -106,3 +106,6 @@ def test_every_study_has_its_row():
     table = README.partition("| command |")[2].partition("\n\n")[0]
     named = re.findall(r"`ntk-train experiment=(\w+)`", table)
     assert named == study_names()
+    figures = re.findall(r"\[figure\]\((\S+)\)", table)
+    assert [Path(figure).stem for figure in figures] == named
+    assert all((ROOT / figure).is_file() for figure in figures)
