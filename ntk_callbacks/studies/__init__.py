@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ntk_callbacks.studies.continual import Continual
     from ntk_callbacks.studies.deep_cnn import DeepCNN
     from ntk_callbacks.studies.double_descent import DoubleDescent
+    from ntk_callbacks.studies.edge_of_chaos import EdgeOfChaos
     from ntk_callbacks.studies.edge_of_stability import EdgeOfStability
     from ntk_callbacks.studies.elbows import Elbows
     from ntk_callbacks.studies.finite_width import FiniteWidth
@@ -28,6 +29,7 @@ __all__ = [
     "Continual",
     "DeepCNN",
     "DoubleDescent",
+    "EdgeOfChaos",
     "EdgeOfStability",
     "Elbows",
     "FiniteWidth",
@@ -50,6 +52,7 @@ _LAZY = {
     "Continual": "continual",
     "DeepCNN": "deep_cnn",
     "DoubleDescent": "double_descent",
+    "EdgeOfChaos": "edge_of_chaos",
     "EdgeOfStability": "edge_of_stability",
     "Elbows": "elbows",
     "FiniteWidth": "finite_width",
