@@ -1,15 +1,19 @@
 """Each study from its one command, at its smallest scale."""
 
+import inspect
 import json
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.utils import instantiate
 
 from ntk_callbacks.cli import main
+from ntk_callbacks.studies.run_study import scaled
 
 CONF = Path(__file__).parents[2] / "conf" / "experiment"
 STUDIES = sorted(
@@ -54,6 +58,20 @@ def test_configuration_is_complete(name):
     assert config["name"] == name
     assert {"paper", "smoke"} <= set(config["scales"])
     assert all(check["source"] for check in config["check"].values())
+
+
+@pytest.mark.parametrize("scale", ["default", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_jobs_of_every_scale_are_what_can_be_run(name, scale):
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text("utf-8"))
+    parameters = scaled(config["study"], config["scales"], scale, set())
+    study = instantiate(parameters, _convert_="all")
+    jobs = study.jobs()
+    assert jobs
+    for job, parameters in jobs.items():
+        assert re.fullmatch(r"[A-Za-z0-9_.=,-]+", job)
+        assert json.loads(json.dumps(parameters)) == parameters
+        inspect.signature(study.run).bind(**parameters, device="cpu")
 
 
 def test_failed_check_is_an_error_only_if_strict(ntk_train, capsys):
