@@ -7,9 +7,9 @@ the velocity S(Θ_t, Θ_t+dt)/dt, its alignment with the labels, and the accurac
 regression with Θ_t on held-out digits beside that of Θ₀ and of the network.
 
 The noise is what features are for: the start treats all inputs alike, so that its
-kernel has the noise in it, and training turns it to the pixels that matter. On clean
-digits the kernel of the start is as good. Fort et al. see the velocity fall and then
-stay; here it goes on falling, because the training set is learned to the last example.
+kernel has the noise in it, and training turns it to the pixels that matter. Fort et al.
+see the velocity fall and then stay; here it goes on falling, because the training set
+is learned to the last example.
 
 References:
     Fort et al. 2020, arXiv:2010.15110; Long 2021, arXiv:2105.10585 (after kernel).
