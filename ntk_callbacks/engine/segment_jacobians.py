@@ -19,7 +19,7 @@ Pair: TypeAlias = tuple[Place, Place]
 LARGEST_BLOCK = 2**26
 """Numbers of Jacobians that are held at a time."""
 _MOST_TOGETHER = 32  # products in one pass: more gain nothing
-_HELD = 2**24  # numbers of the widest place in one pass
+_HELD = 2**22  # numbers of the widest place in one pass: layers between may be wider
 
 
 def jacobians(
