@@ -243,15 +243,17 @@ def test_examples_that_depend_on_one_another_have_their_own_block(monkeypatch):
     torch.testing.assert_close(wide.smallest, found.smallest, rtol=1e-5, atol=0)
 
 
-def test_the_first_examples_of_a_batch_that_depends_on_all_of_it():
-    """h = x − (mean over n = 5): (1 − 1/5) on the diagonal, for the two asked about."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_first_examples_of_a_batch_that_depends_on_all_of_it(count):
+    """h = x − (mean over n = 5): (1 − 1/5) on the diagonal, for those asked about."""
     net = Computed(
         lambda self, x: self.out(x - x.mean(0)), out=nn.Linear(3, 3)
     ).double()
-    found = input_spectra(net, x_of(5, 3), count=2)
+    found = input_spectra(net, x_of(5, 3), count=count)
     s = 0.8 * torch.linalg.svdvals(net.out.weight.detach())
-    torch.testing.assert_close(found.largest, s[0].expand(1, 2), rtol=1e-9, atol=0)
-    torch.testing.assert_close(found.smallest, s[-1].expand(1, 2), rtol=1e-9, atol=0)
+    expected = s[[0, -1], None, None].expand(2, 1, count)
+    both = torch.stack([found.largest, found.smallest])
+    torch.testing.assert_close(both, expected, rtol=1e-9, atol=0)
 
 
 def test_examples_that_share_an_axis_are_run_one_by_one():
