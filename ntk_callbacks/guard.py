@@ -33,8 +33,9 @@ def quietly(module: nn.Module) -> Iterator[None]:
     `training` flag, hooks and other attributes of every submodule, with the tensors,
     arrays, random generators, containers and dataclasses that they hold; the global
     generators of Python, NumPy, torch and the module's devices; default dtype and
-    backend flags. Inside, gradients are enabled, autocast and inference mode are off,
-    and float32 products are taken in float32: TF32 and other shortened formats are off.
+    backend flags. Inside, gradients are enabled, autocast, inference mode and anomaly
+    detection are off, and float32 products are taken in float32: TF32 and other
+    shortened formats are off.
 
     Not restored: what the module's code keeps elsewhere (files, global variables), and
     what objects of other classes that it holds keep to themselves (iterators, files).
@@ -60,6 +61,8 @@ def quietly(module: nn.Module) -> Iterator[None]:
         stack.enter_context(isolated_rng(devices))
         stack.enter_context(_flags_kept())
         stack.enter_context(torch.inference_mode(False))
+        # It would tell of passes that are meant to fail, and refuse what is NaN.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         snapshot = Snapshot(module)
         stack.callback(snapshot.restore)
         stack.enter_context(torch.enable_grad())

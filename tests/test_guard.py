@@ -384,6 +384,18 @@ def test_gradients_are_enabled_and_autocast_is_off_inside(model):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("check_nan", [True, False])
+def test_anomaly_detection_is_off_inside_and_restored(model, check_nan):
+    with torch.autograd.set_detect_anomaly(True, check_nan=check_nan):
+        with quietly(model):
+            assert not torch.is_anomaly_enabled()
+        assert torch.is_anomaly_enabled()
+        assert torch.is_anomaly_check_nan_enabled() is check_nan
+    with quietly(model):
+        torch.autograd.set_detect_anomaly(True)
+    assert not torch.is_anomaly_enabled()
+
+
 def test_gradient_mode_is_restored_whatever_happens_inside(model):
     with quietly(model):
         torch.set_grad_enabled(False)

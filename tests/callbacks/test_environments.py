@@ -3,6 +3,7 @@
 import csv
 import re
 import tomllib
+import warnings
 from pathlib import Path
 
 import lightning.pytorch
@@ -22,6 +23,7 @@ from monitored import (
     Plain,
     Recorder,
     Validated,
+    all_monitors,
     fit,
     loader,
     same,
@@ -256,6 +258,19 @@ def test_precision(precision):
         if isinstance(m, NTKMonitor)
     )
     assert kernel.dtype == (torch.float64 if "64" in precision else torch.float32)
+
+
+def test_anomaly_detection_finds_nothing_in_measurements():
+    """It would tell of passes that are meant to fail."""
+    runs = []
+    for detect in (False, True):
+        seeded()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = fit(Plain(), all_monitors(every=3), detect_anomaly=detect)
+        assert not [w for w in caught if "Error detected in" in str(w.message)]
+        runs.append(run.recorder.measured())
+    same(*runs)
 
 
 def test_mixed_precision_kernel_is_that_of_the_weights():
