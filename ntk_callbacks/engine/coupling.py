@@ -1,6 +1,8 @@
 """Does the output of an example depend on its neighbors in the batch, or on chance?"""
 
+import math
 import warnings
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float
@@ -9,7 +11,7 @@ from torch import Tensor
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
-from ntk_callbacks.nested import batch_size, examples
+from ntk_callbacks.nested import batch_size, map_tensors
 
 
 def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
@@ -44,10 +46,14 @@ def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> 
     """Whether the output of an example changes when it is run without its neighbors.
 
     True for BatchNorm on batch statistics, batches that are one graph, contrastive
-    outputs. Their kernel needs the joint batch. An example that cannot be run alone
-    counts as coupled: differentiating jointly is right in either case. Every example
-    is tried, and beside the parameters too: the outputs of a head that starts at zero
-    would tell nothing.
+    outputs. Their kernel needs the joint batch. An example that cannot be run without
+    the others counts as coupled: differentiating jointly is right in either case. Every
+    example is tried, and beside the parameters too: the outputs of a head that starts
+    at zero would tell nothing.
+
+    Of n examples that are asked about, the first and the last are run alone, and all of
+    them in groups of √n: once with their neighbors, once in strides. Any two are apart
+    in one of these runs, at 2√n passes of which each is small.
 
     Args:
         function: The model as it is measured.
@@ -62,16 +68,23 @@ def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> 
         return False
     here, noisy = function.params | function.fixed, beside(function)
     joint_here, joint_noisy = forward(function, x), _attempt(function, x, noisy)
-    tries = [(here, joint_here, i) for i in (0, n - 1)]
+    tries = [(here, joint_here, group) for group in (slice(0, 1), slice(n - 1, n))]
     if joint_noisy is None:
-        tries += [(here, joint_here, i) for i in range(1, n - 1)]
+        tries += [(here, joint_here, group) for group in _groups(n)]
     else:
-        tries += [(noisy, joint_noisy, i) for i in range(n)]
-    for params, joint, i in tries:
-        alone = _attempt(function, examples(x, i, i + 1), params)
-        if alone is None or not _close(alone, joint[i : i + 1], _round_off(joint)):
+        tries += [(noisy, joint_noisy, group) for group in _groups(n)]
+    for params, joint, group in tries:
+        apart = _attempt(function, map_tensors(itemgetter(group), x), params)
+        if apart is None or not _agree(apart, joint[group], _round_off(joint)):
             return True
     return False
+
+
+def _groups(n: int) -> list[slice]:
+    """Groups of examples of which any two are apart in one, and each is in some."""
+    size = math.isqrt(n - 1) + 1  # √n, rounded up
+    blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return blocks + [slice(start, n, size) for start in range(min(size, n))]
 
 
 def _round_off(joint: Float[Tensor, "n c"]) -> float:
@@ -122,6 +135,12 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.rand(tensor.shape, generator=generator) * 2 - 1
     size = tensor.abs().mean()
     return noise.to(tensor) * torch.where(size > 0, 0.1 * size, 0.1)
+
+
+def _agree(apart: Tensor, joint: Tensor, least: float) -> bool:
+    """Whether each example is close, on its own scale."""
+    pairs = zip(apart, joint, strict=False)
+    return apart.shape == joint.shape and all(_close(*pair, least) for pair in pairs)
 
 
 def _close(first: Tensor, second: Tensor, least: float = 0.0) -> bool:

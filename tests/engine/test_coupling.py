@@ -1,5 +1,7 @@
 """Examples that depend on one another are found, also where outputs tell nothing."""
 
+import itertools
+
 import pytest
 import torch
 from oracles import ntk_by_loop, relative_error
@@ -99,3 +101,43 @@ def test_weak_coupling_is_found():
     net = nn.Linear(64, 1)
     x = torch.randn(8, 64)
     assert is_coupled(ModelFunction(net, output_fn=forward), x)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_any_example_that_depends_on_any_other_is_found(n):
+    """Also where all that it depends on is one example, and the head starts at zero."""
+    net = nn.Linear(3, 2).double()
+    nn.init.zeros_(net.weight)
+    x = torch.randn(n, 3, dtype=torch.float64)
+
+    def depends(i, j):
+        def forward(net, batch):
+            f = net(batch)
+            (here,), (there,) = (
+                (batch == x[k]).all(1).nonzero().tolist() or [None] for k in (i, j)
+            )
+            if here is None or there is None:
+                return f
+            return f.index_add(0, torch.tensor(here), f[there])
+
+        return forward
+
+    for i, j in itertools.permutations(range(n), 2):
+        function = ModelFunction(net, output_fn=depends(i, j))
+        assert is_coupled(function, x)
+        assert is_coupled(function, x, count=n - 1) == (i < n - 1)
+    assert not is_coupled(ModelFunction(net), x)
+
+
+def test_independence_is_seen_in_few_passes():
+    passes = []
+
+    def forward(net, x):
+        passes.append(len(x))
+        return net(x)
+
+    assert not is_coupled(
+        ModelFunction(nn.Linear(3, 2), output_fn=forward), torch.randn(64, 3)
+    )
+    assert len(passes) <= 4 + 2 * 8
+    assert sum(passes) <= 4 * 64 + 2
