@@ -1,5 +1,6 @@
 """Singular values of Jacobians: dynamical isometry, as a whole, by depth, by time."""
 
+from functools import reduce
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -96,7 +97,8 @@ class JacobianInstrument:
         Returns:
             Largest, smallest and mean squared value and the standard deviation of ln s
             over all examples; the median over the examples of s_max/s_min, the mean of
-            the isometry gap. Of integer inputs only what lies inside the network.
+            the isometry gap. Values that are round-off, up to ε‖J‖, count as zero. Of
+            integer inputs only what lies inside the network.
 
         Raises:
             RuntimeError: If `start` was not called.
@@ -125,6 +127,9 @@ class JacobianInstrument:
             mode=self.mode,
             memory_budget=self.memory_budget,
         )
+        # What is left where a narrow layer or a dead unit takes the rank away.
+        round_off = values.norm(dim=1, keepdim=True) * _precision(model)
+        values = values.masked_fill(values <= round_off, 0.0)
         ratios = values[:, 0] / values[:, -1]
         pooled = values.flatten()
         return {
@@ -169,3 +174,9 @@ class JacobianInstrument:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def _precision(model: nn.Module) -> float:
+    """Relative round-off of a Jacobian; half precision is measured as float32."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.finfo(reduce(torch.promote_types, floating, torch.float32)).eps

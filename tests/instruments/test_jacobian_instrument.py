@@ -111,6 +111,19 @@ def test_singular_map():
     assert found.vectors["jacobian/singular_values_log10"].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_directions_that_a_narrow_layer_leaves_out_are_round_off(dtype):
+    net = nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 6)).to(dtype)
+    x = torch.randn(4, 8)
+    found = measured(net, x)
+    assert found.scalars["jacobian/singular_value_min"] == 0
+    assert found.scalars["jacobian/condition_number"] == np.inf
+    assert found.scalars["jacobian/log_std"] == np.inf
+    spectrum = found.vectors["jacobian/singular_values_log10"]
+    assert len(spectrum) == len(x) * 3
+    assert spectrum.min() > -3
+
+
 def test_nan_weights_give_nan_scalars():
     found = measured(Map(np.full((2, 4), np.nan)))
     assert all(np.isnan(value) for value in found.scalars.values())
