@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
+
+_Options = TypeVar("_Options")
 
 _WRAPPERS = ("_orig_mod.", "_forward_module.")  # torch.compile, Fabric
 
@@ -72,6 +74,29 @@ def one_of(argument: str, value: object, valid: tuple[str, ...]) -> None:
     """Raise ValueError, before any training, unless the value is a valid one."""
     if value not in valid:
         raise ValueError(f"{argument}={value!r}; expected one of {', '.join(valid)}.")
+
+
+def chosen_options(options: object, kind: type[_Options]) -> _Options:
+    """The options that were given, or the default ones.
+
+    Args:
+        options: Of that kind, or None.
+        kind: Class of the options.
+
+    Returns:
+        Options of that kind.
+
+    Raises:
+        ValueError: If it is anything else, such as a mapping from a configuration.
+    """
+    if options is None:
+        return kind()
+    if not isinstance(options, kind):
+        raise ValueError(
+            f"options={options!r}; expected {kind.__name__}(…), in a configuration "
+            f"_target_: ntk_callbacks.{kind.__name__} beside the keys."
+        )
+    return options
 
 
 def numbers(found: Mapping[str, Tensor | float | None]) -> dict[str, float]:

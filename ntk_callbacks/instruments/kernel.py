@@ -19,7 +19,12 @@ from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.errors import ProbeMismatchError
 from ntk_callbacks.guard import measuring
-from ntk_callbacks.instruments.instrument import monitor_tag, numbers, one_of
+from ntk_callbacks.instruments.instrument import (
+    chosen_options,
+    monitor_tag,
+    numbers,
+    one_of,
+)
 from ntk_callbacks.instruments.kernel_details import chosen_metrics, part_traces
 from ntk_callbacks.instruments.kernel_modes import ResidualModes
 from ntk_callbacks.instruments.kernel_options import NTKOptions as NTKOptions
@@ -76,7 +81,7 @@ class KernelInstrument:
         self.parameters = parameters
         self.by = by
         self.output_fn = output_fn
-        self.options = options or NTKOptions()
+        self.options = chosen_options(options, NTKOptions)
         self.name = self.options.name
         self._request()  # refuses what no model could take
         self.kernels = KernelSeries(self.options.route)

@@ -19,11 +19,11 @@ class NTKOptions:
 
     Args:
         mode: `"eval"`, or `"train"` for the joint-batch kernel through BatchNorm.
-        route: `"auto"` or one of the engine's routes.
+        route: `"auto"`, `"vmap"` or `"rows"`, as in `empirical_ntk`.
         memory_budget: Working memory in bytes or as `"2GiB"`; None for a quarter of
             what is free.
         dense_limit: With `outputs="auto"`, kernels with more rows n·c than this are
-            traced over the outputs; from 2048 outputs c on they are not formed at all.
+            traced over the outputs; of more than 2048 outputs c none is formed at all.
         name: Group of the tags, `"ntk"`; set it to tell two monitors apart.
         history: Whether `NTKMonitor` keeps its measurements for `load_history` in the
             folder of the run, or in which other folder.

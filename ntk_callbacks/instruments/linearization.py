@@ -17,7 +17,7 @@ from ntk_callbacks.instruments.after_kernel import (
     joined,
     kernel_accuracy,
 )
-from ntk_callbacks.instruments.instrument import numbers
+from ntk_callbacks.instruments.instrument import chosen_options, numbers
 from ntk_callbacks.instruments.linearization_options import LinearizationOptions
 from ntk_callbacks.instruments.linearization_point import LinearizationPoint
 from ntk_callbacks.instruments.linearized_twin import LinearizedTwin
@@ -79,7 +79,7 @@ class LinearizationInstrument:
         check_selection(output_fn=output_fn)
         if not (loss_fn is None or callable(loss_fn)):
             raise ValueError("loss_fn must be callable (outputs, targets) -> loss.")
-        self.options = options or LinearizationOptions()
+        self.options = chosen_options(options, LinearizationOptions)
         if held_out is not None and self.options.mode == "train":
             raise ValueError(
                 'held_out is not for mode="train", where what a network says of an '
