@@ -10,24 +10,29 @@ Layout: TypeAlias = dict[str, dict[str, tuple[str, list[str]]]]
 CHARTS: dict[str, dict[str, list[str]]] = {
     "spectrum": {
         "eigenvalues of the kernel": ["ntk/eigenvalue_(max|min)"],
-        "trace of the kernel": ["ntk/trace"],
+        "trace of the kernel": ["ntk/trace(_error)?"],
         "condition number": ["ntk/condition_number"],
         "effective rank": ["ntk/(participation_ratio|entropy_rank)"],
         "largest stable learning rate": ["ntk/max_learning_rate"],
         "sharpness and its limit": ["ntk/sharpness(_limit)?"],
     },
     "drift": {
-        "change since the start": ["ntk/relative_change", "params/displacement"],
-        "change of the kernel's shape": ["ntk/(kernel_distance|drift_noise_floor)"],
+        "change since the start": [
+            "ntk/((relative|scale|shape)_change|drift_noise_floor)",
+            "params/displacement",
+        ],
+        "change of the kernel's shape": ["ntk/kernel_distance"],
         "velocity of the kernel": ["ntk/kernel_velocity"],
-        "alignment of the kernel": ["ntk/(target_alignment|off_diagonal_share)"],
+        "alignment of the kernel": [
+            "ntk/(target_alignment|off_diagonal_share|subspace_overlap)"
+        ],
         "way of the weights": ["params/(displacement|path_length)"],
         "direction of the weights": ["params/cosine_to_init"],
     },
     "isometry": {
-        "singular values of ∂f/∂x": ["jacobian/singular_value_(max|min)"],
-        "mean square": ["jacobian/mean_square"],
-        "spread": ["jacobian/(log_std|isometry_gap)"],
+        "singular values of ∂f/∂x": ["jacobian/(step_)?singular_value_(max|min)"],
+        "mean square": ["jacobian/(step_)?mean_square"],
+        "spread": ["jacobian/(log_std|(step_)?isometry_gap)"],
         "condition number of ∂f/∂x": ["jacobian/condition_number"],
     },
     "prediction": {
@@ -45,7 +50,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
     },
     "linearization": {
         "distance of the outputs": ["linear/(twin_)?output_distance"],
-        "loss": ["linear/(loss_gap|twin_loss|network_loss)"],
+        "loss": ["linear/(loss|loss_gap|twin_loss)"],
         "agreement of the classes": ["linear/(twin_)?agreement"],
         "accuracy": ["linear/[a-z_]*accuracy"],
     },
@@ -55,7 +60,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "effective rank of the features": [
             "features/(participation_ratio|entropy_rank)"
         ],
-        "gates that flipped": ["features/pattern_(change|velocity)"],
+        "gates that flipped": ["features/pattern_change(_recent)?"],
         "dead units": ["features/dead_units"],
     },
     "cost": {
