@@ -46,10 +46,13 @@ KEYS = (
 def main() -> None:
     """Entry point of `ntk-train`; reads `sys.argv`."""
     traceback = os.environ.get("HYDRA_FULL_ERROR")
+    begun = False
 
     def task(config: DictConfig) -> float | None:
         from ntk_callbacks.experiments.run import train
 
+        nonlocal begun
+        begun = True
         try:
             if config.study is not None:
                 return study(config)
@@ -72,6 +75,13 @@ def main() -> None:
         if traceback == "1":
             raise
         sys.exit(f"ntk-train: {explanation(error)}")
+    except OSError as error:
+        if begun or traceback == "1":
+            raise
+        sys.exit(
+            f"ntk-train: the directory of the run cannot be made: {error}. Choose "
+            "another by hydra.run.dir=<folder>, of a sweep by hydra.sweep.dir=<folder>."
+        )
     except KeyboardInterrupt:  # during training Lightning answers it
         print("ntk-train: interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -7,6 +7,7 @@ finished is only read.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -118,9 +119,27 @@ def main() -> None:
         "and print what they find beside what was published.",
     )
     parser.add_argument("names", nargs="*", help="some of them; all by default")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/experiments"))
-    parser.add_argument("--at-once", type=int, default=2, help="studies at a time")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/experiments"),
+        help="each study is kept in a folder of it (default: %(default)s); one that is "
+        "finished there is not run again",
+    )
+    parser.add_argument(
+        *("--at-once",),
+        type=int,
+        default=2,
+        metavar="N",
+        help="studies at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        *("--set",),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="handed to each ntk-train, such as scale=smoke; may be repeated",
+    )
     options = parser.parse_args()
     known = study_names()
     if unknown := [name for name in options.names if name not in known]:
@@ -133,17 +152,27 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // options.at_once)
     done: dict[str, Finished] = {}
     with ThreadPoolExecutor(options.at_once) as pool:
-        waiting = [
-            pool.submit(run_one, name, options.folder / name, options.set, threads)
-            for name in names
-        ]
-        for future in as_completed(waiting):
-            study = future.result()
-            done[study.name] = study
-            word = "ok" if study.passed else "FAILED"
-            print(f"{len(done)}/{len(names)}  {study.name}  {word}", flush=True)
-            if not study.passed:
-                print(study.output, flush=True)
+        try:
+            waiting = [
+                pool.submit(run_one, name, options.folder / name, options.set, threads)
+                for name in names
+            ]
+            for future in as_completed(waiting):
+                study = future.result()
+                done[study.name] = study
+                word = "ok" if study.passed else "FAILED"
+                print(f"{len(done)}/{len(names)}  {study.name}  {word}", flush=True)
+                if not study.passed:
+                    print(study.output, flush=True)
+        except KeyboardInterrupt:
+            # Those that run were interrupted, too; the pool would start the rest.
+            pool.shutdown(cancel_futures=True)
+            print(
+                "ntk-experiments: interrupted; the same command goes on with what is "
+                "left.",
+                file=sys.stderr,
+            )
+            sys.exit(128 + signal.SIGINT)
     print("\n" + table(done[name] for name in names))
     if not all(study.passed for study in done.values()):
         sys.exit(1)

@@ -145,6 +145,16 @@ def test_a_mistake_ends_in_a_line_that_names_it(ntk_train, words, message):
     assert not list(Path().glob("outputs/*/*/events*"))
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_directory_that_cannot_be_made_is_told_in_a_line(ntk_train, sweep):
+    Path("outputs").write_text("a file where a folder is to be made")
+    Path("multirun").write_text("the same")
+    with pytest.raises(SystemExit, match=r"^ntk-train: .*hydra\.run\.dir=") as stop:
+        ntk_train(*sweep, *TINY)
+    assert re.search("outputs|multirun", str(stop.value))
+    assert "\n" not in str(stop.value)
+
+
 def test_typos_in_the_files_of_a_user_are_found_together(ntk_train, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "wide.yaml").write_text(

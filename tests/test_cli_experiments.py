@@ -1,6 +1,9 @@
 """All studies from one command, and the table it prints."""
 
+import _thread
+import signal
 import sys
+import threading
 
 import pytest
 
@@ -64,6 +67,28 @@ def test_all_that_pass_end_well(ntk_experiments, monkeypatch):
     said = ntk_experiments("--at-once", "3", "--folder", "here")
     assert said.count("  ok\n") == len(study_names())
     assert said.count("| folder/figure.png |") == len(study_names())
+
+
+def test_an_interrupt_starts_no_further_study(ntk_experiments, monkeypatch, capsys):
+    started, ended = [], threading.Event()
+
+    def interrupted(name, *_):
+        started.append(name)
+        _thread.interrupt_main()  # as Ctrl-C does, which ends the study as well
+        ended.wait(1)
+        return finished(name)
+
+    monkeypatch.setattr(cli_experiments, "run_one", interrupted)
+    # A shell ignores Ctrl-C for what it runs in the background, such as these tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            ntk_experiments("--at-once", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
+    assert started == study_names()[:1]
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_wrong_words(ntk_experiments, capsys):
