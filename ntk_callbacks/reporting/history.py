@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ntk_callbacks.reporting.history_file import FOLDER, FORMAT
@@ -195,7 +196,7 @@ def _monitor_rows(path: Path, conventions: dict[str, dict[str, Any]]) -> list[_R
         except ValueError:
             continue  # torn: its process was killed while it wrote
         if not isinstance(entry, dict):
-            continue
+            continue  # nothing that a monitor wrote
         if "format" in entry:
             if entry["format"] > FORMAT:
                 raise ValueError(
@@ -204,6 +205,8 @@ def _monitor_rows(path: Path, conventions: dict[str, dict[str, Any]]) -> list[_R
                     "ntk-callbacks."
                 )
             conventions[name] = entry["conventions"]
+            continue
+        if not entry.keys() >= {"step", "after", "scalars"}:
             continue
         rows = [row for row in rows if row.step <= entry["after"]]
         rows.append(_row(entry, path.parent))
@@ -228,7 +231,13 @@ def _tensor(row: _Row, tag: str) -> NDArray[Any]:
             f"load_history: {str(row.file)!r}, which holds {tag} of step {row.step}, "
             "is gone. Copy the whole folder of a history."
         )
-    array: NDArray[Any] = load_file(row.file)[tag]
+    try:
+        array: NDArray[Any] = load_file(row.file)[tag]
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_history: {str(row.file)!r}, which holds {tag} of step {row.step}, "
+            f"is damaged ({error}). Copy the whole folder of a history."
+        ) from error
     return array
 
 

@@ -300,6 +300,21 @@ def test_tensor_file_that_is_gone():
         load_history(folder)["ntk/eigenvalues"]
 
 
+def test_tensor_file_that_is_cut_short():
+    folder = written([0, 1])
+    path = folder / FOLDER / "ntk-00000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"ntk/eigenvalues of step 1, is damaged"):
+        load_history(folder)["ntk/eigenvalues"]
+
+
+def test_lines_of_another_kind_are_no_measurements():
+    Path("data").mkdir()
+    Path("data", "train.jsonl").write_text('{"text": "a", "step": 3}\n[1]\n')
+    with pytest.raises(ValueError, match="no complete measurement in 'data'"):
+        load_history("data")
+
+
 # Monitors -----------------------------------------------------------------------------
 
 
