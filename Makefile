@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/.run
 	$(BIN)/ntk-train experiment=mlp
 
-## Every study that reproduces a known result, and the table of what they find (within an
-## hour on two cores); what was finished before is not run again.
+## Every study that reproduces a known result, and the table of what they find (about ten
+## minutes on two cores); what was finished before is not run again.
 experiments: .venv/.run
 	$(BIN)/ntk-experiments
 

@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+import ntk_callbacks
 from ntk_callbacks import Probe
 from ntk_callbacks.cli_experiments import study_names
 from ntk_callbacks.instruments.features import FeatureInstrument
@@ -57,8 +58,9 @@ def test_make_targets_exist():
 
 
 def test_the_table_names_every_scalar():
-    table = README.partition("| tag |")[2].partition("\n\n")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    tables = [part.partition("\n\n")[0] for part in README.split("| tag |")[1:]]
+    lines = [line for table in tables for line in table.splitlines()]
+    rows = [line for line in lines if line.startswith("| `")]
     named = set()
     for row in rows:
         tags = re.findall(r"`([^`]+)`", row.split("|")[1])
@@ -100,6 +102,12 @@ def test_the_table_names_every_scalar():
 def _whole(tag, first):
     """`…_min` beside `ntk/eigenvalue_max` stands for `ntk/eigenvalue_min`."""
     return first.rsplit("_", 1)[0] + tag[1:] if tag.startswith("…") else tag
+
+
+@pytest.mark.parametrize("name", ntk_callbacks.__all__)
+def test_every_public_name_is_listed(name):
+    table = README.partition("## All public names")[2].partition("\n## ")[0]
+    assert f"`{name}`" in table
 
 
 def test_every_study_has_its_row():

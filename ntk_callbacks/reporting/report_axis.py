@@ -106,8 +106,8 @@ def number(value: float) -> str:
         Text such as `0.01234`, `1.234×10⁻⁷`, `∞` or `undefined`.
 
     Example:
-        >>> number(0.000012345), number(float("nan")), number(640.0)
-        ('1.234×10⁻⁵', 'undefined', '640')
+        >>> number(0.000012345), number(float("nan")), number(9999.96)
+        ('1.234×10⁻⁵', 'undefined', '10000')
     """
     if math.isnan(value):
         return "undefined"
@@ -117,7 +117,9 @@ def number(value: float) -> str:
         digits, _, exponent = f"{value:.3e}".partition("e")
         digits = digits.rstrip("0").rstrip(".")
         return f"{digits}×{_power(int(exponent))}".replace("-", "−")
-    return f"{value:.4g}".replace("-", "−") if abs(value) < 1e4 else f"{value:.0f}"
+    # From 9999.5 on four digits would be written with an exponent.
+    text = f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"
+    return text.replace("-", "−")
 
 
 def _stretched(kind: str, value: float) -> float:

@@ -176,7 +176,8 @@ def _figure(
     sentences = (
         [meaning.reading or labels.description] if vectors else [meaning.reading]
     )
-    sentences += [f"Not drawn: {gaps} values that are undefined or ∞."] if gaps else []
+    noun = "value that is" if gaps == 1 else "values that are"
+    sentences += [f"Not drawn: {gaps} {noun} undefined or ∞."] if gaps else []
     caption = _markdown(". ".join(filter(None, sentences)))
     return (
         f"<figure><h3>{escape(tag)}</h3>{line_plot(curves, labels, key)}"

@@ -126,7 +126,7 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> str:
     marks = []
     for step, value in finite[::-1][::every]:  # the last one always
         place = _place(x, y, step, value).split(" ")
-        said = escape(f"{curve.label}: {number(value)} at {step:g}")
+        said = escape(f"{curve.label}: {number(value)} at {step:.0f}")
         marks.append(
             f'<circle class="{color}" cx="{place[0]}" cy="{place[1]}" r="2.4">'
             f"<title>{said}</title></circle>"

@@ -165,6 +165,17 @@ def test_what_is_not_finite_leaves_a_gap_that_is_told(runs):
     assert "Not drawn: 2 values that are undefined or ∞." in caption
 
 
+def test_a_single_gap_is_told_in_the_singular(runs):
+    page = report_page({"narrow": runs["narrow"]})
+    _, caption = figures(page)["ntk/kernel_velocity"]
+    assert "Not drawn: 1 value that is undefined or ∞." in caption
+
+
+def test_marks_say_late_steps_to_the_last_digit():
+    curve = Curve(0, "run", [0, 1_234_567], [1.0, 2.0])
+    assert ">run: 2 at 1234567<" in line_plot([curve], Labels("t", "d", "x", "y"), "p")
+
+
 def test_spectra_are_drawn_first_and_last(runs):
     svg, _ = figures(report_page(runs))["ntk/eigenvalues_log10"]
     kinds = [p.get("class") for p in svg.iter("path") if "run" in p.get("class")]
@@ -291,8 +302,8 @@ def test_no_run():
 def test_words_are_those_of_the_readme(runs):
     found = figures(report_page(runs))
     assert found["jacobian/log_std"][1] == (
-        "0: dynamical isometry up to scale; "
-        "not where there are more than 1024 values of each example"
+        "0: dynamical isometry up to scale; ∞: singular, as behind a layer narrower "
+        "than c and d; not where there are more than 1024 values of each example"
     )
     assert "0: dynamical isometry up to scale" in readme()
 
