@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.errors import (
     MemoryBudgetError,
     ProbeError,
@@ -63,9 +62,10 @@ class Failures:
             if self.off
             else "The next measurement is tried as planned"
         )
+        what = " ".join([str(error), *getattr(error, "__notes__", [])])
         rank_zero_warn(
             f"{self.who}: the measurement of step {step} failed "
-            f"({type(error).__name__}: {error}). {after}; training goes on."
+            f"({type(error).__name__}: {what}). {after}; training goes on."
         )
 
     def not_taken(self, by: Iterable[tuple[str, Exception]], step: int) -> None:

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import lightning.pytorch
-import pytorch_lightning
 from torch.optim import Optimizer
 
 from ntk_callbacks._types import Params
+from ntk_callbacks.callbacks.namespaces import module_classes
 from ntk_callbacks.callbacks.precautions import mute
 from ntk_callbacks.dynamics.optimizer_step import clipped_gradients
 from ntk_callbacks.errors import UnsupportedModelError
@@ -105,7 +104,6 @@ def clipped_by_trainer(
 
 def _clips_itself(pl_module: Any) -> bool:
     """Whether the module overrides how Lightning clips, in either namespace."""
-    lightnings = (lightning.pytorch.LightningModule, pytorch_lightning.LightningModule)
     return getattr(type(pl_module), _CLIPPING) not in [
-        getattr(kind, _CLIPPING) for kind in lightnings
+        getattr(kind, _CLIPPING) for kind in module_classes()
     ]

@@ -3,13 +3,13 @@
 from os import PathLike
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from ntk_callbacks._types import OutputFunction
 from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.monitor import Monitor
+from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.callbacks.twin_training import TwinTraining
 from ntk_callbacks.instruments.linearization import LinearizationInstrument

@@ -4,9 +4,6 @@ import math
 import time
 from typing import Any
 
-import lightning.pytorch
-import pytorch_lightning
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from ntk_callbacks.callbacks.as_schedule import Every, as_schedule
@@ -14,6 +11,11 @@ from ntk_callbacks.callbacks.callback_metrics import publish, share
 from ntk_callbacks.callbacks.ending import is_last_step, weight_sums
 from ntk_callbacks.callbacks.failures import Failures, OnError
 from ntk_callbacks.callbacks.history import History, MonitorHistory
+from ntk_callbacks.callbacks.namespaces import (
+    Callback,
+    be_callback_of_both,
+    rank_zero_warn,
+)
 from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_text
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.when import When
@@ -26,9 +28,7 @@ from ntk_callbacks.reporting.introduction import introduce
 from ntk_callbacks.reporting.loggers import report
 
 
-# Both bases, so that trainers of either namespace accept a monitor alone or in a list;
-# their signatures differ only in which of the two `Trainer` classes they name.
-class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+class Monitor(Callback):
     """Measures when the schedule says so; training stays bit for bit as it was.
 
     Step 0 (before the first update) and the last step are always measured. Rank zero
@@ -60,6 +60,7 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         history: History = True,
         keep_matrices: bool = False,
     ) -> None:
+        be_callback_of_both(Monitor)
         super().__init__()
         self.failures = Failures(self._who, on_error)
         self.instrument = instrument
@@ -172,6 +173,14 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         # Before validation, whose end is when checkpoints are written by default.
         self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
         share(trainer, self.history, self.instrument.name)
+
+    def on_late_loss(self, trainer: Any, pl_module: Any, loss: float) -> None:
+        """Measure the update just made if its loss, told only now, makes it due."""
+        if self._active(trainer) and self.when.note_late_loss(self._step, loss):
+            self._scheduled_state = (
+                None  # a final measurement was on schedule after all
+            )
+            self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure what the last batch could not know of: early stops, skipped steps."""
@@ -287,3 +296,6 @@ class Monitor(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: 
         self.instrument.load_state_dict(state_dict["instrument"])
         # Checkpoints of earlier versions do not have it.
         self.when.load_state_dict(state_dict.get("events", {}))
+
+
+be_callback_of_both(Monitor)

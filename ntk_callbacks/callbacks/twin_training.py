@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +11,7 @@ from ntk_callbacks.callbacks.gradients import (
     gradient_scaler,
     skips_step,
 )
+from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.callbacks.precautions import mute, refuse_sharded
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.guard import isolated_rng, quietly
@@ -53,6 +53,12 @@ class TwinTraining:
         """
         refuse_sharded(trainer)
         who = type(pl_module).__name__
+        if not hasattr(pl_module, "automatic_optimization"):
+            raise UnsupportedModelError(
+                "a linearized twin trains on the batches of the network, which the "
+                "Trainer of transformers does not show. Train it by hand beside the "
+                "network: `dynamics.linearize` makes one."
+            )
         if not pl_module.automatic_optimization:
             raise UnsupportedModelError(
                 f"{who} optimizes manually, in its own code, which a linearized twin "

@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ntk_callbacks.callbacks.schedule import Schedule
+from ntk_callbacks.callbacks.namespaces import rank_zero_info
+from ntk_callbacks.callbacks.schedule import Event, Schedule
 
 
 class When:
@@ -72,14 +72,37 @@ class When:
         """
         if step <= self._seen:
             return
-        loss = float(self._losses.get(step, math.nan))
         self._seen = step
+        loss = self._losses.get(step)
+        known = [e for e in self.schedule.events if not (e.needs_loss and loss is None)]
+        self._happen(step, known, math.nan if loss is None else float(loss), rates)
+
+    def note_late_loss(self, step: int, loss: float) -> bool:
+        """The loss of an update becomes known once it is made.
+
+        Args:
+            step: The update that was made last, whose loss was not noted before it.
+            loss: One number.
+
+        Returns:
+            Whether an event happens, so that `due` may have another answer now.
+        """
+        asking = [event for event in self.schedule.events if event.needs_loss]
+        happens = self._happen(step, asking, loss, [])
+        if happens:
+            self._decided.clear()
+        return happens
+
+    def _happen(
+        self, step: int, events: Sequence[Event], loss: float, rates: Sequence[float]
+    ) -> bool:
         happened = [
             event.happens(self._memories.setdefault(event.text, {}), loss, rates)
-            for event in self.schedule.events
+            for event in events
         ]
         if any(happened):
             self._event = step
+        return any(happened)
 
     def due(self, step: int, finished_epoch: int | None = None) -> bool:
         """Whether to measure after `step` updates, which may have ended an epoch.
