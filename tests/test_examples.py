@@ -1,7 +1,6 @@
 """Every example runs as it stands, in an empty folder, within a small budget."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -9,32 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-def run(script, folder, afterwards=""):
+def run(script, folder):
     """Output of a script in a process of its own, in an empty folder."""
-    code = f"""
-import runpy, sys
-sys.argv = [{script.name!r}, "--fast"]
-runpy.run_path({str(script)!r}, run_name="__main__")
-{afterwards}
-"""
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        # One thread: processes with a thread for each core wait for one another.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "Monitor:" not in finished.stderr  # how the warnings of a monitor begin
-    return finished.stdout
+    code, output, errors = run_script(script, folder, "--fast")
+    assert code == 0, output + errors
+    assert "Monitor:" not in errors  # how the warnings of a monitor begin
+    return output
 
 
 def events(folder):
@@ -91,8 +76,18 @@ def test_large_kernels_example_prints_a_plan_and_a_spectrum(tmp_path):
 
 
 def test_kernel_example_prints_what_it_finds_without_importing_lightning(tmp_path):
-    check = "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys()"
-    output = run(EXAMPLES / "kernel_in_a_notebook.py", tmp_path, afterwards=check)
+    script = EXAMPLES / "kernel_in_a_notebook.py"
+    code = f"""
+import runpy, sys
+sys.argv = [{script.name!r}, "--fast"]
+runpy.run_path({str(script)!r}, run_name="__main__")
+assert not {{'lightning', 'pytorch_lightning'}} & sys.modules.keys()
+"""
+    finished = subprocess.run(  # one that has imported nothing
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    output = finished.stdout
     assert "(40, 40, 10, 10)" in output
     assert "(400, 400)" in output
     assert len(re.findall(r"^layer .*alignment 0\.\d+$", output, re.MULTILINE)) == 2

@@ -4,7 +4,6 @@
 import pickle
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 
@@ -12,6 +11,7 @@ import numpy.random
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from scripts import run_script
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import (
@@ -33,6 +33,15 @@ from ntk_callbacks.errors import ProbeError
 
 def data(n=20, classes=4):
     return TensorDataset(torch.randn(n, 3), torch.arange(n) % classes)
+
+
+def printed(code, folder):
+    """What code prints in a process of its own."""
+    script = folder / "script.py"
+    script.write_text(code)
+    exit_code, output, errors = run_script(script, folder)
+    assert exit_code == 0, errors
+    return output
 
 
 class Augmented(Dataset):
@@ -596,7 +605,7 @@ def test_malformed_probes(inputs, targets, message):
         Probe(inputs, targets)
 
 
-def test_arguments_that_are_no_tensors():
+def test_arguments_that_are_no_tensors(tmp_path):
     """In a process of its own, because the type checker of the tests comes first."""
     code = """
 import numpy, torch
@@ -608,10 +617,7 @@ for arguments in [(x, [1, 2]), (x, numpy.zeros(2)), (numpy.zeros((2, 3)),)]:
     except Exception as error:
         print(type(error).__name__, error)
 """
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    of_list, of_array, of_inputs = output.stdout.splitlines()
+    of_list, of_array, of_inputs = printed(code, tmp_path).splitlines()
     as_targets = r"pass torch\.as_tensor\(targets\)"
     assert re.match(rf"ProbeError.*targets are a list.*{as_targets}", of_list)
     assert re.match(rf"ProbeError.*targets are a ndarray.*{as_targets}", of_array)
@@ -676,16 +682,13 @@ def test_digest_depends_on_values_only():
     assert Probe(X.bfloat16(), Y > 0).digest == Probe(X.bfloat16(), Y > 0).digest
 
 
-def test_digest_is_the_same_in_another_process():
+def test_digest_is_the_same_in_another_process(tmp_path):
     code = (
         "import torch; from ntk_callbacks import Probe;"
         "x = {'x': torch.arange(6.0).view(3, 2), 'flag': None};"
         "print(Probe(x, torch.tensor([0, 1, 1])).digest)"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert output.stdout.strip() == Probe({"x": X, "flag": None}, Y).digest
+    assert printed(code, tmp_path).strip() == Probe({"x": X, "flag": None}, Y).digest
 
 
 def test_to_moves_and_detaches():
