@@ -30,9 +30,13 @@ class NTKTrainerCallback(TrainerCallback):
     otherwise. A probe given as a number is drawn from the training data through their
     collator: `labels` are the targets, all else are keywords of the model. Mixed
     precision is left aside: the weights are measured in their own precision.
-    `max_overhead` and events of learning rate work as in Lightning; loss spikes are
-    not seen, nor is a twin trained (`LinearizationMonitor(twin=True)`): the Trainer
-    shows its callbacks neither losses nor batches.
+    `max_overhead` and events of learning rate work as in Lightning. The Trainer shows
+    its callbacks no batches, so that no twin is trained
+    (`LinearizationMonitor(twin=True)`), and losses only where it logs them. With
+    `logging_steps=1` an update in which the loss spikes is measured as soon as its loss
+    is logged, though `PredictionMonitor` could not foretell it. What is logged less
+    often is a mean over several updates: no spike is seen in it, and a warning says so.
+    Losses that are not finite are seen with `logging_nan_inf_filter=False` alone.
 
     Args:
         monitors: One or several of `NTKMonitor`, `ParameterDriftMonitor` and the like.
@@ -63,6 +67,7 @@ class NTKTrainerCallback(TrainerCallback):
                     f"{type(monitor).__name__}."
                 )
         self._run: HuggingFaceRun | None = None
+        self._logged = 0  # updates at the last log: more than one since is a mean
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure step 0, or go on where a checkpoint stopped."""
@@ -71,6 +76,14 @@ class NTKTrainerCallback(TrainerCallback):
             monitor.setup(self._run, given["model"], "fit")
         if state.global_step > 0:
             self._load(args, state, given["model"])
+        self._logged = state.global_step
+        events = [e for m in self.monitors for e in m.when.schedule.events]
+        each = args.logging_strategy == "steps" and state.logging_steps == 1
+        if not each and any(event.needs_loss for event in events):
+            _warn(
+                "loss spikes are seen only where the loss of each update is logged. "
+                "Pass TrainingArguments(logging_steps=1) to measure them."
+            )
         self._tell("on_train_start", state, control, given)
 
     def on_pre_optimizer_step(
@@ -84,6 +97,15 @@ class NTKTrainerCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure after an update, if it is due; before a checkpoint is written."""
         self._tell("on_train_batch_end", state, control, given, None, None, 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Measure after an update whose loss spikes, before anything follows it."""
+        logs = given.get("logs") or {}
+        if "loss" not in logs:  # of an evaluation, or somebody else's
+            return
+        updates, self._logged = state.global_step - self._logged, state.global_step
+        if updates == 1:
+            self._tell("on_late_loss", state, control, given, float(logs["loss"]))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure what the last update could not know of."""
