@@ -5,6 +5,7 @@ Every tensor of a batch has the examples along its first axis. Whatever is not a
 is no container here: its tensors run over time steps, not examples.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -90,3 +91,23 @@ def examples(x: Inputs, start: int, stop: int) -> Inputs:
     """The examples `start` to `stop` (exclusive) of a batch."""
     part: Inputs = map_tensors(lambda tensor: tensor[start:stop], x)
     return part
+
+
+def as_targets(targets: Any) -> Tensor | None:
+    """The targets of a batch if they are a tensor; what is left out is told.
+
+    Args:
+        targets: What stands in their place; None if there are none.
+
+    Returns:
+        None for anything that is no tensor.
+    """
+    if targets is None or isinstance(targets, Tensor):
+        return targets
+    warnings.warn(
+        f"the targets of the batch are a {type(targets).__name__}, not a tensor: they "
+        "are left out, and with them whatever needs targets. Build the probe yourself "
+        "to have it: Probe(inputs, targets).",
+        stacklevel=4,
+    )
+    return None

@@ -6,10 +6,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 
 from ntk_callbacks._types import Inputs
 from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.nested import map_tensors
 
 
 def call_model(model: nn.Module, x: Inputs) -> Tensor:
@@ -28,7 +29,7 @@ def call_model(model: nn.Module, x: Inputs) -> Tensor:
     Raises:
         UnsupportedModelError: If the result is not one tensor, or the model has no
             `forward` or one that takes other inputs.
-        TypeError: If the model itself raises one.
+        Exception: If the model itself raises it; a note says what it was given.
     """
     if type(model).forward in (nn.Module.forward, _lightning_forward(model)):
         raise UnsupportedModelError(
@@ -39,8 +40,10 @@ def call_model(model: nn.Module, x: Inputs) -> Tensor:
     kwargs = x if isinstance(x, Mapping) else {}
     try:
         result = model(*args, **kwargs)
-    except TypeError as error:
-        _explain(model, args, kwargs, error)
+    except Exception as error:
+        if isinstance(error, TypeError):
+            _explain(model, args, kwargs, error)
+        _note_inputs(model, x, error)
         raise
     return _single_tensor(result, type(model).__name__)
 
@@ -54,12 +57,28 @@ def _explain(model: nn.Module, args: Any, kwargs: Any, error: TypeError) -> None
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
-        given = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} inputs"
+        if kwargs:
+            given = f"the keywords {', '.join(kwargs)}"
+            how = f"model(x[{next(iter(kwargs))!r}])`, or `model(x)` with the mapping"
+        else:
+            given = "1 input" if len(args) == 1 else f"{len(args)} inputs"
+            how = "model(x, …)`" if len(args) == 1 else "model(x[0])`"
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward{signature} cannot be called with {given} "
-            f"({error}). Pass how to call it, for example "
-            "`output_fn=lambda model, x: model(x)`."
+            f"({error}). Pass how to call it: `output_fn=lambda model, x: {how}."
         ) from error
+
+
+def _note_inputs(model: nn.Module, x: Inputs, error: Exception) -> None:
+    """Say what was given to a model that may have expected something else."""
+    if isinstance(error, UnsupportedModelError | OutOfMemoryError):
+        return
+    kinds = map_tensors(lambda t: f"{t.dtype} {tuple(t.shape)}", x)
+    error.add_note(
+        f"{type(model).__name__} was called with {kinds}. If it expects something "
+        "else, pass other inputs, or `output_fn=lambda model, x: …` to say how to "
+        "call it."
+    )
 
 
 def _lightning_forward(model: nn.Module) -> Any:

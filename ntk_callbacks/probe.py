@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from ntk_callbacks._types import Inputs
 from ntk_callbacks.drawing import indices_of, samples, undisturbed
 from ntk_callbacks.errors import ProbeError
-from ntk_callbacks.nested import batch_size, leaves, map_tensors, parts
+from ntk_callbacks.nested import as_targets, batch_size, leaves, map_tensors, parts
 
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "img", "features", "data")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
@@ -202,8 +202,7 @@ class Probe:
         if isinstance(batch, Sequence) and len(batch) == 1:
             return cls(batch[0])
         if isinstance(batch, Sequence) and len(batch) == 2:
-            inputs, targets = batch
-            return cls(inputs, targets if isinstance(targets, Tensor) else None)
+            return cls(batch[0], as_targets(batch[1]))
         size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
         raise ProbeError(
             f"Probe: cannot tell inputs from targets in a batch that is a "
@@ -215,7 +214,7 @@ class Probe:
     @classmethod
     def _from_mapping(cls, batch: Mapping[str, Any]) -> "Probe":
         targets = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
-        targets = targets if isinstance(targets, Tensor) else None
+        targets = as_targets(targets)
         inputs = {
             key: value
             for key, value in batch.items()

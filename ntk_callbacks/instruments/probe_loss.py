@@ -86,10 +86,12 @@ class LossOfProbe:
             return mean_cross_entropy, y
         if not self._warned:
             self._warned = True
+            known = "torch.nn.functional.mse_loss, or yours"
+            if not y.is_floating_point():
+                known = "lambda outputs, targets: …, the loss that is trained"
             warnings.warn(
                 f"{self._who}: {not_labels(y, outputs)}, so that the loss is not known "
-                "and only outputs are compared. Pass "
-                "loss_fn=torch.nn.functional.mse_loss, or yours.",
+                f"and only outputs are compared. Pass loss_fn={known}.",
                 stacklevel=3,
             )
         return None, y

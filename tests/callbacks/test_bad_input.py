@@ -302,8 +302,46 @@ def test_mapping_the_model_does_not_take_is_refused_once_with_a_way_out():
     run, texts = warned(DictBatches, lambda: NTKMonitor(4, 1), train=data, max_epochs=3)
     (text,) = texts
     assert "DictBatches.forward(x) cannot be called with" in text
-    assert "output_fn=" in text
+    assert "`output_fn=lambda model, x: model(x['left'])`" in text
     assert not run.recorder.measured()
+
+
+class Generator(Plain):
+    """`forward` takes noise, while the batches are images."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+    def training_step(self, batch, batch_idx):
+        return self(torch.ones(3, 5)).square().mean()
+
+
+def test_inputs_of_another_shape_are_named_with_a_way_out():
+    """What a layer somewhere inside says of its matrices tells a user nothing."""
+    _, (text, _) = warned(Generator, lambda: NTKMonitor(4, 100), max_steps=2)
+    assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied" in text
+    assert "Generator was called with torch.float32 (4, 3)." in text
+    assert "`output_fn=lambda model, x: …`" in text
+
+
+@pytest.mark.parametrize("names", [("x", "deep"), None], ids=["mapping", "pair"])
+def test_targets_that_are_no_tensor_are_left_out_with_a_word(names):
+    def collate(samples):
+        x = torch.stack([x for x, _ in samples])
+        targets = {"class": torch.tensor([y for _, y in samples])}
+        return {"x": x, "y": targets} if names else (x, targets)
+
+    class Deep(Plain):
+        def training_step(self, batch, batch_idx):
+            x, y = batch.values() if names else batch
+            return cross_entropy(self(x), y["class"])
+
+    data = DataLoader(examples(), 3, collate_fn=collate)
+    monitor = NTKMonitor(4, 100, on_error="raise")
+    with pytest.warns(UserWarning, match=r"targets of the batch are a dict.*Probe\("):
+        run = fit(Deep(), [monitor], train=data)
+    assert "ntk/trace" in run.recorder.measured()[0]
+    assert "ntk/target_alignment" not in run.recorder.measured()[0]
 
 
 # Failing now and then -----------------------------------------------------------------

@@ -469,6 +469,10 @@ def test_real_targets_do_not_say_what_loss_is_trained():
     with pytest.warns(UserWarning, match="only outputs are compared. Pass loss_fn"):
         assert instrument.measure(network(), 0).scalars == {}
     assert instrument.measure(network(), 1).scalars == {}  # said once
+    tokens = PredictionInstrument()
+    tokens.start(probe(torch.zeros(5, 3, dtype=torch.long)))
+    with pytest.warns(UserWarning, match=r"Pass loss_fn=lambda outputs, targets: …"):
+        assert tokens.measure(network(), 0).scalars == {}
     strict = PredictionInstrument(per_class=True)
     strict.start(probe(torch.zeros(5, 3)))
     with pytest.raises(ProbeError, match="Leave it out"):
