@@ -14,7 +14,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     4: functional.conv2d,
     5: functional.conv3d,
 }
-_SIZES = ("in_features", "in_channels", "fan_in")
+_SIZES = ("in_features", "in_channels", "fan_in", "nx")  # nx: Conv1D of transformers
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -26,7 +26,8 @@ def is_affine(module: nn.Module) -> bool:
 
     Returns:
         True for those of torch, and for others that have a `weight` of two axes or more
-        and say how many inputs they take: `in_features`, `in_channels` or `fan_in`.
+        and say how many inputs they take: `in_features`, `in_channels`, `fan_in`, or
+        `nx` as the `Conv1D` of transformers.
     """
     weight = getattr(module, "weight", None)
     sized = any(hasattr(module, name) for name in _SIZES)
@@ -58,6 +59,8 @@ def layer_scales(
     weight, bias = module.weight, getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         return unknown
+    if hasattr(module, "nx"):  # held as (inputs, outputs)
+        weight = weight.T
     bias = bias if isinstance(bias, Tensor) else weight.new_zeros(())
     sigma_w = (weight[0].numel() * widened(weight).square().mean()).sqrt()
     sigma_b = widened(bias).square().mean().sqrt()

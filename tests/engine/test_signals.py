@@ -368,6 +368,24 @@ def test_scales_are_those_in_use_in_either_parametrization(parametrization):
         assert layer.sigma_b == pytest.approx(float(sigma_b), rel=1e-10)
 
 
+def test_layers_that_hold_their_weight_the_other_way_round():
+    """`Conv1D` of transformers, of which GPT-2 is made, is a linear layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    plain = mlp(5, 7, 7, 3)
+    turned = nn.Sequential(Conv1D(7, 5), nn.Tanh(), Conv1D(7, 7), nn.Tanh(), plain[4])
+    turned = turned.double()
+    with torch.no_grad():
+        for index in (0, 2):
+            turned[index].weight.copy_(plain[index].weight.T)
+            turned[index].bias.copy_(plain[index].bias.uniform_(-1, 1))
+    found, expected = (signal_statistics(m, torch.tensor(X)) for m in (turned, plain))
+    assert found.names == expected.names == ("0", "2", "4")
+    for layer, same in zip(found.layers, expected.layers, strict=True):
+        for name in ("q", "c", "gradient_square", "units", "sigma_w", "sigma_b"):
+            assert getattr(layer, name) == pytest.approx(getattr(same, name), **CLOSE)
+
+
 def test_scales_of_what_is_no_plain_layer_are_unknown():
     class Adapter(nn.Linear):
         def forward(self, x):
