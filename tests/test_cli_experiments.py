@@ -47,18 +47,24 @@ def test_studies_are_found():
     assert "mlp" not in study_names()
 
 
+FAILS = ["lazy_width", "--set", "scale=smoke", "--set", "seed=1"]
+
+
 def test_study_that_fails_its_checks_is_an_error(ntk_experiments, capsys):
-    words = ["lazy_width", "--set", "scale=smoke", "--set", "seed=1"]
     with pytest.raises(SystemExit) as stop:
-        ntk_experiments(*words)
+        ntk_experiments(*FAILS)
     assert stop.value.code == 1
     said = capsys.readouterr().out
     assert "1/1  lazy_width  FAILED" in said
     assert "| hidden_slope | -1 ± 0.1 |" in said
     assert "is there already" not in said
-    # It goes on in the same folder.
-    with pytest.raises(SystemExit):
-        ntk_experiments(*words)
+
+
+@pytest.mark.slow
+def test_study_goes_on_in_the_same_folder(ntk_experiments, capsys):
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            ntk_experiments(*FAILS)
     assert "2/2  width=16,seed=0  is there already" in capsys.readouterr().out
 
 

@@ -1,5 +1,7 @@
 """`ntk-replay`: a run that kept checkpoints is measured again, to the last bit."""
 
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,10 +66,24 @@ def examples():
     return TensorDataset(x, torch.arange(12) % 2)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of a run that measured every second step, with its weights there."""
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder):
+        train_here()
+    return folder
+
+
 @pytest.fixture
-def live(tmp_path, monkeypatch):
-    """A run that measured every second step, and kept the weights of these."""
+def live(trained, tmp_path, monkeypatch):
+    """What that run measured, in a copy of its folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    return load_history("live")
+
+
+def train_here():
     torch.manual_seed(0)
     data = examples()
     Probe(*data[:6]).save("probe.pt")
@@ -88,7 +104,6 @@ def live(tmp_path, monkeypatch):
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(net(), DataLoader(data, batch_size=3, shuffle=True))
-    return load_history("live")
 
 
 class Starts(ModelCheckpoint):

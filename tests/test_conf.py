@@ -1,10 +1,12 @@
 """Every configuration composes, and every key is an argument of its object."""
 
+import copy
 import inspect
 import os
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,17 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 BUILT_BY_ITSELF = ("model", "data", "optimizer", "logger", "checkpoint", "trainer")
 
 
-def composed(tmp_path, *overrides):
+@cache
+def composition(*overrides):
     register_resolver()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [f"run_dir={tmp_path}", *overrides])
+        return compose("train", ["run_dir=elsewhere", *overrides])
+
+
+def composed(tmp_path, *overrides):
+    """The configuration as plain objects, of a run in a folder."""
+    config = copy.deepcopy(composition(*overrides))
+    config.run_dir = str(tmp_path)
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -51,14 +60,22 @@ def test_every_option_composes_to_arguments_that_exist(tmp_path, choice):
         assert keys <= set(inspect.signature(get_object(node["_target_"])).parameters)
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder, and texts of what was built in it: most options have most in common."""
+    return tmp_path_factory.mktemp("built"), set()
+
+
 @pytest.mark.parametrize("choice", [c for c in CHOICES if "=gpu" not in c])
-def test_every_option_builds(tmp_path, choice):
-    config = composed(tmp_path, choice)
+def test_every_option_builds(built, choice):
+    folder, known = built
+    config = composed(folder, choice)
     config["model"] |= {"in_shape": [1, 8, 8], "out_features": 10}
-    for key in BUILT_BY_ITSELF:
-        instantiate(config[key], _convert_="all")
-    for node in (config["callbacks"] or {}).values():
-        instantiate(node, _convert_="all")
+    nodes = [config[key] for key in BUILT_BY_ITSELF]
+    for node in [*nodes, *(config["callbacks"] or {}).values()]:
+        if repr(node) not in known:
+            instantiate(node, _convert_="all")
+            known.add(repr(node))
 
 
 def test_objects_of_this_package_are_configured_by_public_names(tmp_path):
