@@ -1,6 +1,8 @@
 """Where the examples lie along the axes of a tensor inside a network."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -58,7 +60,9 @@ def located(gradients: list[Tensor]) -> BatchAxis | None:
             belong to another example are exactly zero in it.
 
     Returns:
-        The only axis that fits; None if there is none, or if a gradient is zero.
+        The first axis that fits; None if there is none, or if a gradient is zero. That
+        another one is meant is only possible where few entries are read of an example
+        and the axis holds several of each: see `telling_count`.
     """
     n = len(gradients)
     if any(not gradient.any() for gradient in gradients):
@@ -69,6 +73,33 @@ def located(gradients: list[Tensor]) -> BatchAxis | None:
             if all(_owns(candidate, g, n, i) for i, g in enumerate(gradients)):
                 return candidate
     return None
+
+
+def telling_count(axes: Iterable[tuple[BatchAxis, int]]) -> int:
+    """How many examples a, b, a, b, … tell for certain that they lie along some axes.
+
+    An output may read few of the k entries that an axis holds of each example, and its
+    gradients fit wrong layouts then: of two examples, the middle ones of three frames
+    lie one in either half of the axis. No wrong layout but one puts the entries that
+    are read of a in a block of its first and a block of its second copy. It is that of
+    examples with faster and slower entries beside them: they look as if they ran
+    fastest where the number of faster entries is 1 modulo the number of examples.
+
+    Args:
+        axes: Axes that fit, and how many entries of each example they hold.
+
+    Returns:
+        2 where each of them holds one, otherwise the least number that leaves no doubt.
+    """
+    merged = [(axis, k) for axis, k in axes if k > 1]
+    if not merged:
+        return 2
+    faster = {w for axis, k in merged if axis.minor for w in _divisors(k)}
+    return next(m for m in count(3) if all(w % m != 1 for w in faster))
+
+
+def _divisors(k: int) -> list[int]:
+    return [w for w in range(2, k + 1) if k % w == 0]
 
 
 def _owns(candidate: BatchAxis, gradient: Tensor, n: int, example: int) -> bool:

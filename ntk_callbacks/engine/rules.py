@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - as torch calls it
 
+from ntk_callbacks.engine.batch_axis import BatchAxis
 from ntk_callbacks.engine.broadcast import add, cat, mul, pointwise, prelu, sub
 from ntk_callbacks.engine.convolution import convolution, transposed_convolution
-from ntk_callbacks.engine.factors import Call, Direct, Lookup, Use
+from ntk_callbacks.engine.factors import Call, Direct, Lookup, Use, unexpanded
 from ntk_callbacks.engine.matrices import addmm, linear, matmul
 from ntk_callbacks.engine.normalizations import (
     batch_norm,
@@ -25,7 +26,8 @@ from ntk_callbacks.engine.normalizations import (
     layer_norm,
     rms_norm,
 )
-from ntk_callbacks.nested import map_tensors
+from ntk_callbacks.engine.taps import Tap
+from ntk_callbacks.nested import leaves, map_tensors
 
 Rule: TypeAlias = Callable[..., dict[int, Use]]
 """`(call, *args, **kwargs of the torch function)` -> `{id of a parameter: its use}`."""
@@ -63,6 +65,28 @@ def getitem(call: Call, input: Tensor, index: Any) -> dict[int, Use]:
     return embedding(call, torch.where(index < 0, index + len(input), index), input)
 
 
+def taken_apart(tap: Tap, axis: BatchAxis) -> tuple[bool, ...]:
+    """Which arguments of a tap `local` takes apart into those of single examples.
+
+    Args:
+        tap: The call.
+        axis: Batch axis of its output.
+
+    Returns:
+        For each tensor among the arguments, whether it is computed from the inputs and
+        as long along that axis as the output.
+    """
+    return tuple(
+        id(tensor) in tap.data and _as_long(tensor, tap, axis)
+        for tensor in (*leaves(tap.args), *leaves(tap.kwargs))
+    )
+
+
+def _as_long(tensor: Tensor, tap: Tap, axis: BatchAxis) -> bool:
+    i = axis.axis
+    return tensor.ndim > i and tensor.shape[i] == tap.shape[i]
+
+
 def local(call: Call, *args: Any, **kwargs: Any) -> dict[int, Use]:
     """Any function: run again for each example, with parameters of its own."""
     n, axis, shape = call.n, call.axis, call.tap.shape
@@ -70,10 +94,15 @@ def local(call: Call, *args: Any, **kwargs: Any) -> dict[int, Use]:
     copies: dict[int, list[Tensor]] = {key: [] for key in call.tap.sources}
 
     def of_example(tensor: Tensor, i: int) -> Tensor:
+        as_long = _as_long(tensor, call.tap, axis)
         if id(tensor) in copies:
-            copies[id(tensor)].append(tensor.clone().requires_grad_())
-            return copies[id(tensor)][i]
-        if tensor.ndim > axis.axis and tensor.shape[axis.axis] == shape[axis.axis]:
+            own = unexpanded(tensor).clone().requires_grad_()
+            copies[id(tensor)].append(own)
+            sizes = list(tensor.shape)
+            if as_long and own.shape[axis.axis] == 1:  # expanded to the batch
+                sizes[axis.axis] //= n
+            return own.expand(sizes)
+        if as_long and id(tensor) in call.tap.data:
             return axis.example(tensor, n, i).clone()
         return tensor
 

@@ -2,21 +2,26 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.backward import graph_nodes
-from ntk_callbacks.engine.batch_axis import BatchAxis, located
+from ntk_callbacks.engine.batch_axis import BatchAxis, located, telling_count
 from ntk_callbacks.engine.factors import Call, Outer, Use, unexpanded
 from ntk_callbacks.engine.recording import Recording, gradients_at, record
-from ntk_callbacks.engine.rules import RULES, Rule, local
+from ntk_callbacks.engine.rules import RULES, Rule, local, taken_apart
 from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.engine.terms import Member
 from ntk_callbacks.engine.views import View, roots, view_of
 from ntk_callbacks.functional import ModelFunction
-from ntk_callbacks.nested import batch_size
+from ntk_callbacks.nested import batch_size, map_tensors
+
+Axes: TypeAlias = list[BatchAxis | str | None]
+"""For each tap its batch axis, None if nothing depends on it, or what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Place:
         sources: The parameters behind each slot, and the view where it is one.
         axis: Batch axis of the output; None if there is none, or it does not matter.
         rule: How its rows follow.
+        split: Where the general rule decides, which arguments it takes apart.
     """
 
     function: str
@@ -37,6 +43,7 @@ class Place:
     sources: tuple[tuple[tuple[str, ...], View | None], ...]
     axis: BatchAxis | None
     rule: Rule | None
+    split: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -79,6 +86,8 @@ def surveyed(
     recording = record(function, params, x, names)
     n = batch_size(x)
     reached, axes = _axes(recording, n)
+    if not recording.outputs.is_meta:
+        axes = _certain(function, params, x, names, recording.taps, axes)
     survey = Survey(recording, [], [], [])
     for name in _in_graph(recording):
         survey.exact[name] = "it is used by a function without a rule"
@@ -114,14 +123,11 @@ def surveyed(
     return survey
 
 
-def _axes(
-    recording: Recording, n: int
-) -> tuple[Sequence[Tensor | None], list[BatchAxis | str | None]]:
+def _axes(recording: Recording, n: int) -> tuple[Sequence[Tensor | None], Axes]:
     """Gradients at the taps, and their batch axes.
 
     Returns:
-        For each tap a gradient, None if it is not known; and its batch axis, None if
-        nothing depends on it, or what is wrong.
+        For each tap a gradient, None if it is not known; and its batch axis.
     """
     taps, outputs = recording.taps, recording.outputs
     unknown = [None for _ in taps]
@@ -147,6 +153,34 @@ def _axes(
         else located(list(parts)) or "its use has no axis that the examples run along"
         for gradient, parts in zip(reached, zip(*found, strict=True), strict=True)
     ]
+
+
+def _certain(
+    function: ModelFunction,
+    params: Params,
+    x: Inputs,
+    names: list[str],
+    taps: list[Tap],
+    axes: Axes,
+) -> Axes:
+    """The batch axes of taps, from more examples where two do not tell them."""
+    n = m = batch_size(x)
+    while (needed := telling_count(_held(taps, axes, m))) > m:
+        m = needed
+        chosen = [i % 2 * (n - 1) for i in range(m)]
+        repeated: Inputs = map_tensors(itemgetter(chosen), x)
+        again = record(function, params, repeated, names)
+        if len(again.taps) != len(taps):
+            return ["its uses depend on the number of examples"] * len(taps)
+        taps, (_, axes) = again.taps, _axes(again, m)
+    return axes
+
+
+def _held(taps: list[Tap], axes: Axes, n: int) -> Iterator[tuple[BatchAxis, int]]:
+    """The batch axes, and how many entries they hold of each of n examples."""
+    for tap, axis in zip(taps, axes, strict=True):
+        if isinstance(axis, BatchAxis):
+            yield axis, tap.shape[axis.axis] // n
 
 
 def _live(g: Tensor) -> int:
@@ -213,7 +247,9 @@ def _place(
         shape = list(tap.shape)
         shape[axis.axis] //= n
     name = getattr(tap.function, "__name__", str(tap.function))
-    return Place(name, tuple(shape), sources, axis, rule)
+    # A mask of fixed size may have the length of the batch by chance.
+    split = taken_apart(tap, axis) if rule is local and axis is not None else ()
+    return Place(name, tuple(shape), sources, axis, rule, split)
 
 
 def known_again(places: Sequence[Place], recording: Recording, n: int) -> bool:

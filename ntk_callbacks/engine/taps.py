@@ -34,6 +34,7 @@ class Tap:
         kwargs: Its keyword arguments, every tensor detached.
         sources: `id` of a detached parameter among the arguments -> the tensor it was
             detached from: a leaf, or computed from leaves alone.
+        data: `id` of each argument that is computed from the inputs.
         shape: Shape of the output.
         edge: Where the gradient by the output arrives.
         versions: Tensors that must not change before they are used, each with its
@@ -44,6 +45,7 @@ class Tap:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sources: dict[int, Tensor]
+    data: frozenset[int]
     shape: torch.Size
     edge: GradientEdge
     versions: list[tuple[Tensor, int]]
@@ -125,12 +127,15 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # stays in the graph: no tap
         bare: dict[int, Tensor] = {}
         sources: dict[int, Tensor] = {}
+        data: set[int] = set()
         versions: list[tuple[Tensor, int]] = []
 
         def stored(tensor: Tensor) -> Tensor:
             copy = tensor.detach()
             if in_place and tensor is args[0]:
-                return copy.clone()  # the call below writes to it
+                copy = copy.clone()  # the call below writes to it
+            if self._is_data(tensor):
+                data.add(id(copy))
             if self._is_parametric(tensor):
                 bare[id(tensor)] = copy
                 sources[id(copy)] = tensor
@@ -154,8 +159,8 @@ class Recorder(TorchFunctionMode):
             zero = result.new_zeros(()).requires_grad_()
             result = result.add_(zero) if _owns_memory(result) else result + zero
         edge = get_gradient_edge(result)
-        tap = Tap(func, kept_args, kept_kwargs, sources, result.shape, edge, versions)
-        self.taps.append(tap)
+        own = kept_args, kept_kwargs, sources, frozenset(data)
+        self.taps.append(Tap(func, *own, result.shape, edge, versions))
         return result
 
     def _is_parametric(self, tensor: Tensor) -> bool:

@@ -55,7 +55,8 @@ def view_of(source: Tensor, leaf: Tensor) -> View | None:
     """What `source` is as a view of a parameter; None if it is none."""
     seen = unexpanded(source)
     if (
-        seen.dtype != leaf.dtype
+        _overlaps(seen)  # rows have a number for every entry, as of a Toeplitz matrix
+        or seen.dtype != leaf.dtype
         or seen.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
         or seen.is_neg() != leaf.is_neg()
     ):
@@ -64,6 +65,17 @@ def view_of(source: Tensor, leaf: Tensor) -> View | None:
         return None
     offset = seen.storage_offset() - leaf.storage_offset()
     return View(int(offset), tuple(seen.shape), tuple(seen.stride()))
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two entries may lie at the same place in memory."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def extent(leaf: Tensor) -> int:
