@@ -97,6 +97,7 @@ def register_resolver() -> None:
         "run_directory",
         lambda name, ckpt, time: str(run_directory(str(name), ckpt, time)),
         replace=True,
+        use_cache=True,  # a new directory stays the one of this run once it is made
     )
 
 

@@ -328,6 +328,17 @@ def test_our_own_sentence_is_told_without_hydras_words(ntk_train, words, sentenc
     assert "\n" not in str(stop.value)
 
 
+def test_runs_that_start_in_one_second_do_not_share_a_directory(ntk_train):
+    now = "hydra.run.dir='${run_directory:${name},${ckpt},now}'"
+    outs = [ntk_train(*TINY, "trainer.max_epochs=1", now) for _ in range(3)]
+    for out, name in zip(outs, ("now", "now_1", "now_2"), strict=True):
+        folder = Path("outputs", "mlp", name)
+        assert f"Run directory: {folder.resolve()}\n" in out
+        assert (folder / "checkpoints" / "last.ckpt").is_file()
+        assert (folder / ".hydra" / "config.yaml").is_file()
+    assert len([*Path("outputs", "mlp").iterdir()]) == len(outs)
+
+
 def test_ckpt_last_is_the_newest_run_of_that_name(ntk_train):
     words = [*TINY, "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
     for run in ("old", "new"):

@@ -5,6 +5,7 @@ A resumed run goes on in the directory of its checkpoint, so that its curves con
 and starts with the first epoch that was not completed.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def run_directory(
         name: Name of the experiment.
         ckpt: None for a new run; `"last"` for the newest run of that name; or the path
             of a checkpoint, whose directory is used if it is a run directory.
-        fresh: Name of a new directory, below `<outputs>/<name>`.
+        fresh: Name of a new directory, below `<outputs>/<name>`; where there is one of
+            that name, as of a run that was started in the same second, `<fresh>_1`, ….
         outputs: Where runs are kept.
 
     Returns:
@@ -34,7 +36,7 @@ def run_directory(
     Raises:
         FileNotFoundError: If there is no such checkpoint; says where was looked.
     """
-    new = Path(outputs, name, fresh)
+    new = _free(Path(outputs, name, fresh))
     if ckpt is None:
         return new
     if ckpt != "last":
@@ -52,6 +54,14 @@ def run_directory(
             "Start one without ckpt, or give the path of a checkpoint."
         )
     return max(found, key=lambda path: path.stat().st_mtime).parents[1]
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or one with a number behind its name, that does not exist yet."""
+    numbered = (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(1))
+    return next(
+        path for path in itertools.chain([folder], numbered) if not path.exists()
+    )
 
 
 def existing_checkpoint(path: str | Path) -> Path:
