@@ -114,6 +114,7 @@ def _differences(runs: Mapping[str, RunHistory]) -> list[str]:
         ("outputs", "for different outputs (full, traced, …)"),
         ("mode", "in different modes (eval, train)"),
     ):
+        differing = []
         for monitor in dict.fromkeys(
             m for run in runs.values() for m in run.conventions
         ):
@@ -123,7 +124,11 @@ def _differences(runs: Mapping[str, RunHistory]) -> list[str]:
                 if monitor in run.conventions
             }
             if len(values) > 1:
-                found.append(f"{monitor}/… was measured {what}: compare with care.")
+                differing.append(f"{monitor}/…")
+        if differing:
+            verb = "was" if len(differing) == 1 else "were"
+            names = ", ".join(differing)
+            found.append(f"{names} {verb} measured {what}: compare with care.")
     return found
 
 

@@ -216,6 +216,17 @@ def test_different_probes_are_pointed_out(tmp_path):
     assert "compare with care" not in report_page(same)
     other = history(tmp_path / "c", digest="b" * 64)
     page = report_page({**same, "c": other})
+    assert page.count("compare with care") == 1
+    (warning,) = re.findall(r'<p class="warning">(.*?)</p>', page)
+    assert warning.endswith("were measured on different examples: compare with care.")
+    monitors = {f"{tag.split('/')[0].split('_')[0]}/…" for tag in CURVES}
+    assert {*warning.partition(" were ")[0].split(", ")} == monitors
+
+
+def test_one_monitor_with_other_examples_is_pointed_out(tmp_path):
+    few = {"ntk/trace": CURVES["ntk/trace"]}
+    runs = {name: history(tmp_path / name, few, digest=name * 64) for name in "ab"}
+    page = report_page(runs)
     assert "ntk/… was measured on different examples: compare with care." in page
 
 
