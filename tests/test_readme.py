@@ -110,6 +110,16 @@ def test_every_public_name_is_listed(name):
     assert f"`{name}`" in table
 
 
+def test_every_example_is_listed_with_its_first_line():
+    rows = re.findall(r"\| \[`(\w+)\.py`\]\(examples/\1\.py\) \| (.*) \|", README)
+    first = {
+        path.stem: path.read_text(encoding="utf-8").splitlines()[0].strip('".')
+        for path in (ROOT / "examples").glob("*.py")
+    }
+    assert dict(rows) == first
+    assert len(rows) == len(first)
+
+
 def test_every_study_has_its_row():
     table = README.partition("| command |")[2].partition("\n\n")[0]
     named = re.findall(r"`ntk-train experiment=(\w+)`", table)
