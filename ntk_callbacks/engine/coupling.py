@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
+from ntk_callbacks.engine.backward import gradients_of
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, map_tensors
@@ -53,7 +54,9 @@ def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> 
 
     Of n examples that are asked about, the first and the last are run alone, and all of
     them in groups of √n: once with their neighbors, once in strides. Any two are apart
-    in one of these runs, at 2√n passes of which each is small.
+    in one of these runs, at 2√n passes of which each is small. Outputs far from 0 hide
+    in their round-off what neighbors add to them, but not in their derivatives: those
+    of two examples by one another are taken as well.
 
     Args:
         function: The model as it is measured.
@@ -77,7 +80,41 @@ def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> 
         apart = _attempt(function, map_tensors(itemgetter(group), x), params)
         if apart is None or not _agree(apart, joint[group], _round_off(joint)):
             return True
-    return False
+    return _derivatives_meet(function, here if joint_noisy is None else noisy, x, n)
+
+
+def _derivatives_meet(
+    function: ModelFunction, params: Params, x: Inputs, n: int
+) -> bool:
+    """Whether one of two examples has a derivative by the other's floating inputs."""
+    sources: list[Tensor] = []
+    ends = [0, (n if n > 1 else batch_size(x)) - 1]
+
+    def source(tensor: Tensor) -> Tensor:
+        pair = tensor[ends]
+        if pair.is_floating_point() and pair.numel():
+            sources.append(pair.requires_grad_())
+        return pair
+
+    def meet(outputs: Float[Tensor, "2 c"]) -> bool:
+        gradient = gradients_of(outputs)
+        direction = torch.linspace(1.0, 2.0, outputs.shape[1]).to(outputs)
+        for i in range(min(n, 2)):
+            rows = gradient(outputs[i] @ direction, sources)
+            own, other = (max(row[k].abs().max() for row in rows) for k in (i, 1 - i))
+            if other > torch.finfo(outputs.dtype).eps ** 0.5 * own:
+                return True
+        return False
+
+    pair = map_tensors(source, x)
+    if not sources or function.device.type == "meta":
+        return False
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # as of numbers read from what has a graph
+            return function.during(params, pair, meet)
+    except Exception:  # a pair, or a graph, may not be allowed
+        return False
 
 
 def _groups(n: int) -> list[slice]:
