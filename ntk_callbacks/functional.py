@@ -93,7 +93,8 @@ class ModelFunction:
 
     Raises:
         ValueError: If `parameters` or `output_fn` is not understood.
-        UnsupportedModelError: If parameters are complex, lazy or sharded.
+        UnsupportedModelError: If parameters are complex, lazy, sparse, sharded or
+            belong to a module compiled by torch.jit.
     """
 
     def __init__(
@@ -157,6 +158,12 @@ class ModelFunction:
                     f"the inputs are {tensor.dtype}; kernels of complex inputs are not "
                     "defined here. Pass real and imaginary parts as two real channels."
                 )
+            if tensor.layout != torch.strided or tensor.is_nested:
+                raise UnsupportedModelError(
+                    "the inputs are sparse or nested tensors, of which no example can "
+                    "be taken. Pass dense tensors, and an `output_fn` that makes of "
+                    "them what the model needs."
+                )
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             # `clone` leaves inference mode behind for good.
             moved = tensor.detach().to(self.device, dtype)
@@ -187,6 +194,13 @@ class _Outputs(nn.Module):
 
 
 def _refuse_unmeasurable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__!r} is compiled by torch.jit, which "
+                "does not let its parameters be exchanged. Measure the module it was "
+                "made from."
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise UnsupportedModelError(
@@ -199,6 +213,11 @@ def _refuse_unmeasurable(model: nn.Module) -> None:
                 f"parameter {name!r} is {parameter.dtype}; the kernel of complex "
                 "parameters is not defined here. Store real and imaginary parts as two "
                 "real parameters (torch.view_as_real)."
+            )
+        if parameter.layout != torch.strided:
+            raise UnsupportedModelError(
+                f"parameter {name!r} is sparse ({parameter.layout}); its kernel is not "
+                "defined here. Store its values as a dense parameter."
             )
         kind = type(parameter).__name__
         if "DTensor" in kind or kind == "FlatParameter" or hasattr(parameter, "ds_id"):

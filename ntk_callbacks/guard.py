@@ -90,7 +90,8 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UnsupportedModelError: If SyncBatchNorm would wait for other processes.
+        UnsupportedModelError: If SyncBatchNorm would wait for other processes, or the
+            mode of the model is fixed.
     """
     # Where nothing was compiled the compiler is not loaded, and loading takes seconds.
     compiles = "torch._dynamo" in sys.modules
@@ -101,10 +102,10 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
             torch.backends.cudnn.enabled = False
         _pass_wrappers_by(model)
         if mode == "eval":
-            model.eval()
+            _switch(model.eval)
         else:
             if not model.training:
-                model.train()
+                _switch(model.train)
             for module in model.modules():
                 if isinstance(module, _STOCHASTIC):
                     module.eval()
@@ -112,10 +113,21 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
         yield
 
 
+def _switch(to: Callable[[], object]) -> None:
+    try:
+        to()
+    except NotImplementedError as error:  # of programs made by `torch.export`
+        raise UnsupportedModelError(
+            f"the mode of the model cannot be changed ({error}). Measure the module it "
+            "was made from."
+        ) from error
+
+
 def _pass_wrappers_by(model: nn.Module) -> None:
     """`forward` as the user wrote it; the guard puts back what others made of it."""
     for module in model.modules():
-        wrapped = module._modules.get(_WRAPPERS.get(type(module).__name__, ""))
+        held = _WRAPPERS.get(type(module).__name__)
+        wrapped = dict(module.named_children()).get(held) if held else None
         if wrapped is not None:
             vars(module)["forward"] = wrapped.__call__
         elif "_original_forward" in vars(module):  # accelerate's mixed precision

@@ -75,7 +75,8 @@ def batch_size(x: Inputs) -> int:
     tensors = leaves(x)
     if not tensors:
         raise ValueError(
-            f"a batch must hold at least one tensor, got {type(x).__name__} without any"
+            f"a batch must hold at least one tensor, got {type(x).__name__} without "
+            "any; tensors are looked for in tuples, lists and mappings"
         )
     sizes = [tensor.shape[0] if tensor.ndim else None for tensor in tensors]
     if sizes[0] is None or any(size != sizes[0] for size in sizes):

@@ -21,7 +21,7 @@ from cases import (
 from oracles import jacobian_by_differences, ntk_by_loop, relative_error
 from torch import nn
 
-from ntk_callbacks import as_matrix, empirical_ntk
+from ntk_callbacks import TangentOperator, as_matrix, empirical_ntk
 from ntk_callbacks.engine.arguments import check_selection, parameter_groups
 from ntk_callbacks.engine.exact import ROUTES
 from ntk_callbacks.engine.memory import memory_bytes
@@ -708,6 +708,47 @@ def test_dropout_that_follows_the_mode_is_fine_in_eval_only(x):
 def test_models_that_cannot_be_measured(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         empirical_ntk(model, torch.randn(4, 5))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_modules_of_the_compiler_of_torch_jit():
+    whole = torch.jit.script(nn.Linear(5, 2))
+    inside = nn.Sequential(nn.Linear(5, 5), torch.jit.script(nn.Linear(5, 2)))
+    for model, name in ((whole, "RecursiveScriptModule"), (inside, "1")):
+        with pytest.raises(UnsupportedModelError, match=f"'{name}' is compiled by"):
+            empirical_ntk(model, torch.randn(4, 5))
+        with pytest.raises(UnsupportedModelError, match=f"'{name}' is compiled by"):
+            TangentOperator(model, torch.randn(4, 5))
+
+
+def test_a_program_whose_mode_is_fixed():
+    class Exported(nn.Linear):
+        """As `torch.export` makes them; exporting takes seconds."""
+
+        def eval(self):
+            raise NotImplementedError("Calling eval() is not supported yet.")
+
+    with pytest.raises(UnsupportedModelError, match="the module it was made from"):
+        empirical_ntk(Exported(5, 2), torch.randn(4, 5))
+
+
+def test_sparse_parameters(x):
+    model = Computed(
+        lambda self, x: torch.sparse.mm(self.w, x.t()).t(),
+        w=nn.Parameter(torch.eye(5).to_sparse()),
+    )
+    with pytest.raises(UnsupportedModelError, match="'w' is sparse"):
+        empirical_ntk(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_inputs(net):
+    for x in (
+        torch.eye(5).to_sparse(),
+        torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)]),
+    ):
+        with pytest.raises(UnsupportedModelError, match="sparse or nested"):
+            empirical_ntk(net, x)
 
 
 def test_complex_inputs(net):
