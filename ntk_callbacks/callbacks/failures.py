@@ -41,17 +41,21 @@ class Failures:
         """Whether the monitor measures no more in this run."""
         self._in_a_row = 0
         self._complained: set[str] = set()
+        self._last: tuple[int, str] | None = None
 
     def none(self) -> None:
         """A measurement was taken."""
         self._in_a_row = 0
 
-    def skip(self, error: Exception, step: int) -> None:
+    def skip(
+        self, error: Exception, step: int, told: Iterable["Failures"] = ()
+    ) -> None:
         """A measurement failed.
 
         Args:
             error: Why; raised again if that is wanted.
             step: Of the measurement.
+            told: What others said of this step already; it is not said again.
         """
         if self.on_error == "raise":
             raise error
@@ -63,9 +67,12 @@ class Failures:
             else "The next measurement is tried as planned"
         )
         what = " ".join([str(error), *getattr(error, "__notes__", [])])
+        self._last = step, f"{type(error).__name__}: {what}"
+        same = next((other.who for other in told if other._last == self._last), None)
+        why = self._last[1] if same is None else f"for the same reason as {same}'s"
         rank_zero_warn(
-            f"{self.who}: the measurement of step {step} failed "
-            f"({type(error).__name__}: {what}). {after}; training goes on."
+            f"{self.who}: the measurement of step {step} failed ({why}). {after}; "
+            "training goes on."
         )
 
     def not_taken(self, by: Iterable[tuple[str, Exception]], step: int) -> None:

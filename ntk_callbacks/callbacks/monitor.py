@@ -2,6 +2,7 @@
 
 import math
 import time
+from itertools import takewhile
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,6 +63,7 @@ class Monitor(Callback):
     ) -> None:
         be_callback_of_both(Monitor)
         super().__init__()
+        self._who = type(self).__name__
         self.failures = Failures(self._who, on_error)
         self.instrument = instrument
         self._pristine = instrument.state_dict()
@@ -110,18 +112,14 @@ class Monitor(Callback):
         Raises:
             ValueError: If another monitor has the same name.
         """
-        others = [
-            other
-            for other in trainer.callbacks
-            if isinstance(other, Monitor) and other is not self
-        ]
-        if any(other.instrument.name == self.instrument.name for other in others):
+        monitors = _monitors_of(trainer)
+        names = [m.instrument.name for m in monitors if m is not self]
+        if self.instrument.name in names:
             raise ValueError(
                 f"{self._who}: another monitor writes to the tags "
                 f"{self.instrument.name}/… too. Give one of them another name: "
                 'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
             )
-        monitors = [other for other in trainer.callbacks if isinstance(other, Monitor)]
         with isolated_rng():  # run-time type checkers draw which items they check
             share_kernels(monitor.instrument for monitor in monitors)
 
@@ -228,7 +226,7 @@ class Monitor(Callback):
                 self._started = True
                 measurement = self.instrument.measure(pl_module, self._step)
         except Exception as error:
-            self.failures.skip(error, self._step)
+            self._skip(trainer, error)
             return
         self.failures.none()
         # Not in the history: a resumed run could not repeat it.
@@ -242,27 +240,23 @@ class Monitor(Callback):
     def _report(self, trainer: Any, pl_module: Any, measurement: Measurement) -> None:
         failures = report(measurement, trainer.loggers)
         if not self._introduced:
-            monitors = [m for m in trainer.callbacks if isinstance(m, Monitor)]
-            names = [m.instrument.name for m in monitors]
+            monitors = _monitors_of(trainer)
             laid_out = any(m._introduced for m in monitors)
+            groups = [] if laid_out else [m.instrument.name for m in monitors]
             self._introduced = True
-            failures += introduce(
-                measurement.scalars,
-                self.instrument.name,
-                [] if laid_out else names,
-                trainer.loggers,
-            )
+            own = self.instrument.name
+            failures += introduce(measurement.scalars, own, groups, trainer.loggers)
         failures += self.kept.keep(
             measurement, trainer, pl_module, self._previous, self.history[:-1]
         )
         self.failures.not_taken(failures, measurement.step)
 
+    def _skip(self, trainer: Any, error: Exception) -> None:
+        before = takewhile(lambda other: other is not self, _monitors_of(trainer))
+        self.failures.skip(error, self._step, [m.failures for m in before])
+
     def _active(self, trainer: Any) -> bool:
         return bool(trainer.is_global_zero) and not self.failures.off
-
-    @property
-    def _who(self) -> str:
-        return type(self).__name__
 
     # State --------------------------------------------------------------------------
 
@@ -299,3 +293,7 @@ class Monitor(Callback):
 
 
 be_callback_of_both(Monitor)
+
+
+def _monitors_of(trainer: Any) -> list[Monitor]:
+    return [monitor for monitor in trainer.callbacks if isinstance(monitor, Monitor)]

@@ -161,4 +161,4 @@ class PredictionMonitor(Monitor):
         if not scheduled:
             self._scheduled_state = self.state_dict()
         self._measured = self._step
-        self.failures.skip(error, self._step)
+        self._skip(trainer, error)

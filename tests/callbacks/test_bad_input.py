@@ -324,6 +324,32 @@ def test_inputs_of_another_shape_are_named_with_a_way_out():
     assert "`output_fn=lambda model, x: …`" in text
 
 
+def test_what_fails_for_one_reason_is_explained_once():
+    def monitors():
+        return [NTKMonitor(4, 100), ParameterDriftMonitor(100), SignalMonitor(4, 100)]
+
+    used = monitors()
+    for _ in range(2):  # each run tells it anew
+        with pytest.warns(UserWarning, match="Monitor") as caught:
+            fit(NoForward(), used)
+        texts = [
+            str(w.message) for w in caught if "the measurement of" in str(w.message)
+        ]
+        assert len(texts) == 2
+        assert "NoForward does not define `forward`" in texts[0]
+        assert texts[1] == (
+            "SignalMonitor: the measurement of step 0 failed (for the same reason as "
+            "NTKMonitor's). The monitor is off for the rest of this run; training goes "
+            "on."
+        )
+    flaky = [NTKMonitor(4, 1, output_fn=Flaky(1)), SignalMonitor(4, 1)]
+    flaky[1].instrument.output_fn = Flaky(2)
+    with pytest.warns(UserWarning, match="not today") as caught:
+        fit(Plain(), flaky, max_steps=3)
+    texts = [str(w.message) for w in caught if "the measurement of" in str(w.message)]
+    assert [("ArithmeticError: not today" in text) for text in texts] == [True, True]
+
+
 @pytest.mark.parametrize("names", [("x", "deep"), None], ids=["mapping", "pair"])
 def test_targets_that_are_no_tensor_are_left_out_with_a_word(names):
     def collate(samples):
