@@ -86,12 +86,10 @@ class LossOfProbe:
             return mean_cross_entropy, y
         if not self._warned:
             self._warned = True
-            known = "torch.nn.functional.mse_loss, or yours"
-            if not y.is_floating_point():
-                known = "lambda outputs, targets: …, the loss that is trained"
             warnings.warn(
-                f"{self._who}: {not_labels(y, outputs)}, so that the loss is not known "
-                f"and only outputs are compared. Pass loss_fn={known}.",
+                f"{self._who}: {not_labels(probe.targets, outputs)}, so that the loss "
+                "is not known and only outputs are compared. Pass "
+                f"loss_fn={_suggestion(y, outputs)}.",
                 stacklevel=3,
             )
         return None, y
@@ -150,6 +148,18 @@ def loss_value(loss_fn: ProbeLoss, outputs: Tensor, targets: Tensor) -> Tensor:
             "tensor, the mean over the probe for example."
         )
     return loss.reshape(())
+
+
+def _suggestion(targets: Tensor, outputs: Tensor) -> str:
+    """What may be the loss; never one that spreads (n,) over outputs (n, 1)."""
+    loss = "torch.nn.functional.mse_loss"
+    if not targets.is_floating_point() or targets.numel() != outputs.numel():
+        return "lambda outputs, targets: …, the loss that is trained"
+    if targets.shape == outputs.shape:
+        return f"{loss}, or yours"
+    return (
+        f"lambda outputs, targets: {loss}(outputs.view_as(targets), targets), or yours"
+    )
 
 
 def not_labels(targets: Tensor, outputs: Tensor) -> str:

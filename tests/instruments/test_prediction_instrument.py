@@ -473,6 +473,10 @@ def test_real_targets_do_not_say_what_loss_is_trained():
     tokens.start(probe(torch.zeros(5, 3, dtype=torch.long)))
     with pytest.warns(UserWarning, match=r"Pass loss_fn=lambda outputs, targets: …"):
         assert tokens.measure(network(), 0).scalars == {}
+    single, net = PredictionInstrument(), nn.Sequential(network(), nn.Linear(3, 1))
+    single.start(probe(torch.zeros(5)))
+    with pytest.warns(UserWarning, match=r"\(outputs.view_as\(targets\), targets\)"):
+        assert single.measure(net.double(), 0).scalars == {}
     strict = PredictionInstrument(per_class=True)
     strict.start(probe(torch.zeros(5, 3)))
     with pytest.raises(ProbeError, match="Leave it out"):
