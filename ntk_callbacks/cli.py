@@ -80,7 +80,8 @@ def main() -> None:
             raise
         sys.exit(
             f"ntk-train: the directory of the run cannot be made: {error}. Choose "
-            "another by hydra.run.dir=<folder>, of a sweep by hydra.sweep.dir=<folder>."
+            "another by hydra.run.dir=<folder>, of a sweep by hydra.sweep.dir=<folder> "
+            "or, where names are too long, hydra.sweep.subdir='${hydra.job.num}'."
         )
     except KeyboardInterrupt:  # during training Lightning answers it
         print("ntk-train: interrupted.", file=sys.stderr)
