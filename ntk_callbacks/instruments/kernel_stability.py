@@ -22,7 +22,8 @@ class StabilityLimit:
         limit: Gradient descent on a quadratic loss diverges above it.
         scaling: P⁻¹ by parameter, η P⁻¹ the rates of the optimizer; None for the
             identity.
-        seen: Whether P is known: adaptive optimizers have none before their first step.
+        seen: Whether P is known: adaptive optimizers have none before their first step,
+            and none can be told from rates that are all 0.
     """
 
     limit: float
