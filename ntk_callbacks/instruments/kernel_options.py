@@ -34,6 +34,10 @@ class NTKOptions:
 
     Raises:
         ValueError: If an option is not understood.
+
+    Example:
+        >>> NTKOptions(mode="train", name="ntk_train").dense_limit
+        2048
     """
 
     mode: Mode = "eval"
