@@ -15,6 +15,7 @@ from ntk_callbacks._types import Inputs, OutputFunction, ParameterFilter, Params
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.nested import batch_size, map_tensors
 from ntk_callbacks.outputs import call_model, flat_outputs
+from ntk_callbacks.snapshot import Attributes
 
 _Result = TypeVar("_Result")
 
@@ -144,9 +145,15 @@ class ModelFunction:
         state = self.params | self.fixed | params
         state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         placed = {place: state[name] for place, name in self._places.items()}
-        result: _Result = functional_call(
-            self._outputs, placed, (x, then), tie_weights=False
-        )
+        # What is kept from one call to the next (a weight that is computed once and for
+        # all) would be that of other parameters.
+        before = Attributes(self._outputs.model)
+        try:
+            result: _Result = functional_call(
+                self._outputs, placed, (x, then), tie_weights=False
+            )
+        finally:
+            before.restore()
         return result
 
     def prepare(self, x: Inputs) -> Inputs:

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 # What Lightning hangs on a module, which is not the module's own state.
 _FOREIGN = {"_trainer", "_fabric"}
+# What every module has, and torch or the guard itself looks after.
+_REGISTRIES = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, list, tuple, set, deque)
 _MANY = 10_000  # items of a container beyond which they are not looked into
 
@@ -92,6 +94,35 @@ class Snapshot:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = grad
+
+
+class Attributes:
+    """What the modules of a tree hold by name; the numbers of tensors are not kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        everything = [vars(part) for part in module.modules()]
+        self._owners = [
+            (names, len(names), {k: names[k] for k in names.keys() - _REGISTRIES})
+            for names in everything
+        ]
+        self._containers = [
+            (value, contents_of(value))
+            for _, _, own in self._owners
+            for value in own.values()
+            if isinstance(value, dict | list | set | deque) and len(value) <= _MANY
+        ]
+
+    def restore(self) -> None:
+        """Put everything back, in place."""
+        for names, count, own in self._owners:
+            for name, value in own.items():
+                if names.get(name, _ABSENT) is not value:
+                    names[name] = value
+            if len(names) > count:
+                for name in names.keys() - own.keys() - _REGISTRIES:
+                    del names[name]
+        for container, contents in self._containers:
+            refill(container, contents)
 
 
 def generator_state(value: Any) -> Callable[[], Any] | None:

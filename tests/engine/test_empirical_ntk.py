@@ -710,6 +710,40 @@ def test_models_that_cannot_be_measured(model, message):
         empirical_ntk(model, torch.randn(4, 5))
 
 
+class Caching(nn.Module):
+    """Doubles its weight once and for all, as models do that are made for inference."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(6, 5)), nn.Linear(6, 2)
+        self.kept, self.cache, self.doubled = kept, {}, None
+
+    def forward(self, x):
+        if self.kept == "in_a_dict":
+            weight = self.cache.setdefault("weight", 2 * self.weight)
+        elif self.doubled is None:
+            weight = self.doubled = 2 * self.weight
+        else:
+            weight = self.doubled
+        return self.head(torch.tanh(x @ weight.t()))
+
+
+@pytest.mark.parametrize("kept", ["in_a_dict", "as_an_attribute"])
+@pytest.mark.parametrize("route", ["auto", *ROUTES])
+def test_a_weight_that_is_computed_once_and_for_all(kept, route, x):
+    model = Caching(kept).double()
+    assert (
+        relative_error(empirical_ntk(model, x, route=route), ntk_by_loop(model, x))
+        < 1e-10
+    )
+    assert model.doubled is None
+    assert not model.cache
+    u = torch.eye(2 * len(x), dtype=torch.float64)
+    products = TangentOperator(model, x).ntk_vp(u)
+    expected = as_matrix(ntk_by_loop(model, x))
+    assert relative_error(products, expected) < 1e-10
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_modules_of_the_compiler_of_torch_jit():
     whole = torch.jit.script(nn.Linear(5, 2))
