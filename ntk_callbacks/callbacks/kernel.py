@@ -58,7 +58,7 @@ class NTKMonitor(Monitor):
         every: `"epoch"`, `"3 epochs"`, n or `"n steps"`, `"5 per decade"`, a schedule,
             or a function `step -> bool`. Step 0 and the last step are always measured.
         outputs: As in `empirical_ntk`; `"auto"` keeps all outputs up to 2048 rows n·c,
-            traces them beyond, and from 2048 outputs on (language models) measures
+            traces them beyond, and above 2048 outputs (language models) measures
             `"matrix-free"`: estimates from products with a kernel that is not formed.
         metrics: None for those above; `"all"`; names of some; or `{name: function of a
             KernelView}` of your own.
