@@ -127,7 +127,7 @@ def _pass_wrappers_by(model: nn.Module) -> None:
     """`forward` as the user wrote it; the guard puts back what others made of it."""
     for module in model.modules():
         held = _WRAPPERS.get(type(module).__name__)
-        wrapped = dict(module.named_children()).get(held) if held else None
+        wrapped = module._modules.get(held) if held else None  # it may have two names
         if wrapped is not None:
             vars(module)["forward"] = wrapped.__call__
         elif "_original_forward" in vars(module):  # accelerate's mixed precision
