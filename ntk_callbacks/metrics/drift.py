@@ -165,12 +165,16 @@ def cosine_similarity(params: Params, reference: Params) -> Float[Tensor, ""]:
         tensor(0.7071, dtype=torch.float64)
     """
     _check_names(params, reference)
+    squares = _inner(params, params) * _inner(reference, reference)
+    # One root of both: exactly 1 for equal weights, which a product of two is not.
+    return (_inner(params, reference) / squares.sqrt()).clamp(-1.0, 1.0)
+
+
+def _inner(first: Params, second: Params) -> Float[Tensor, ""]:
     products = [
-        (widened(value) * widened(reference[name])).sum()
-        for name, value in params.items()
+        (widened(value) * widened(second[name])).sum() for name, value in first.items()
     ]
-    cosine = torch.stack(products).sum() / (norm(params) * norm(reference))
-    return cosine.clamp(-1.0, 1.0)
+    return torch.stack(products).sum()
 
 
 def distance(params: Params, reference: Params) -> Float[Tensor, ""]:
