@@ -175,9 +175,8 @@ class Monitor(Callback):
     def on_late_loss(self, trainer: Any, pl_module: Any, loss: float) -> None:
         """Measure the update just made if its loss, told only now, makes it due."""
         if self._active(trainer) and self.when.note_late_loss(self._step, loss):
-            self._scheduled_state = (
-                None  # a final measurement was on schedule after all
-            )
+            # A final measurement was on schedule after all.
+            self._scheduled_state = None
             self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

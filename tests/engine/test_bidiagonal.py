@@ -148,3 +148,26 @@ def test_arguments_are_checked():
         ends(one, tolerance=0.0)
     with pytest.raises(ValueError, match="max_steps=0"):
         ends(one, max_steps=0)
+
+
+SPREAD = {
+    "a_few_large": [1e4, 5e3, 1e3, *torch.linspace(2, 1, 197).tolist()],
+    "over_six_decades": torch.logspace(0, -6, 200).tolist(),
+    "over_twelve_decades": torch.logspace(0, -12, 200).tolist(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_steps", [64, 200])
+@pytest.mark.parametrize("spectrum", SPREAD)
+def test_spectra_that_lose_orthogonality(spectrum, max_steps, dtype):
+    """What one pass of orthogonalization leaves grows to NaN, or to 1e70, on these."""
+    values = torch.tensor(SPREAD[spectrum], dtype=torch.float64)
+    matrices = torch.stack([with_values(values, 200, 200, seed) for seed in (0, 1)])
+    found, _ = ends(matrices.to(dtype), max_steps=max_steps)
+    assert found.largest_converged.all()
+    bound = 20 * torch.finfo(dtype).eps
+    assert (found.largest / values[0] - 1).abs().max() < bound
+    # Besides round-off: of second order in the tolerance of 1e-3.
+    off = (found.smallest - values[-1]).abs()[found.smallest_converged]
+    assert off.lt(bound * values[0] + 1e-5 * values[-1]).all()
