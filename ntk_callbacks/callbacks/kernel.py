@@ -8,8 +8,10 @@ from torch.optim import Optimizer
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
 from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
+from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
+from ntk_callbacks.instruments.instrument import chosen_options
 from ntk_callbacks.instruments.kernel import KernelInstrument, NTKOptions
 from ntk_callbacks.instruments.kernel_view import KernelMetric
 
@@ -66,8 +68,12 @@ class NTKMonitor(Monitor):
         by: As in `empirical_ntk`; adds the trace of each part as `ntk_modules/trace/…`.
         output_fn: `(model, x) -> (n, ...)` where the module's `forward` is not what to
             measure, for example `lambda module, x: module.net(x)`.
-        options: `NTKOptions`: mode, route, memory budget, name of the tags, history,
-            and the loss that is trained.
+        options: `NTKOptions`: mode, route, memory budget, kept kernels, and the loss
+            that is trained.
+        name: Group of the tags, `"ntk"`; tells two monitors apart. Like `history`, the
+            same as in `options`, and goes before it.
+        history: Whether measurements are kept for `load_history` in the folder of the
+            run, or in which other folder.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -99,6 +105,8 @@ class NTKMonitor(Monitor):
         by: Grouping = None,
         output_fn: OutputFunction | None = None,
         options: NTKOptions | None = None,
+        name: str | None = None,
+        history: History | None = None,
         on_error: OnError = "warn",
     ) -> None:
         instrument = KernelInstrument(
@@ -107,7 +115,7 @@ class NTKMonitor(Monitor):
             parameters=parameters,
             by=by,
             output_fn=output_fn,
-            options=options,
+            options=chosen_options(options, NTKOptions, name=name, history=history),
         )
         super().__init__(
             instrument,
@@ -126,7 +134,7 @@ class NTKMonitor(Monitor):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if "residual_modes" in self.instrument.metrics and self._active(trainer):
             # A step after the last one: what was measured there is taken back first.
-            self._forget_final()
+            self._take_back()
             self.instrument.optimizers = tuple(trainer.optimizers)
             self.instrument.count_step()
             self.instrument.optimizers = ()

@@ -8,10 +8,12 @@ from torch.optim import Optimizer
 from ntk_callbacks._types import OutputFunction
 from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
+from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.callbacks.twin_training import TwinTraining
+from ntk_callbacks.instruments.instrument import chosen_options
 from ntk_callbacks.instruments.linearization import LinearizationInstrument
 from ntk_callbacks.instruments.linearization_options import LinearizationOptions
 from ntk_callbacks.instruments.probe_loss import ProbeLoss
@@ -57,8 +59,10 @@ class LinearizationMonitor(Monitor):
         twin: Whether the linearized twin trains.
         held_out: Labeled examples that are not trained on: a `Probe`, or the path of a
             saved one.
-        options: `LinearizationOptions`: threshold, ridge, mode, memory budget, name of
-            the tags, history.
+        options: `LinearizationOptions`: threshold, ridge, mode, memory budget.
+        name: Group of the tags, `"linear"`; tells two monitors apart. Like `history`,
+            the same as in `options`, and goes before it.
+        history: As in `JacobianMonitor`.
         on_error: `"warn"` skips what fails; `"raise"` raises.
 
     Raises:
@@ -84,6 +88,8 @@ class LinearizationMonitor(Monitor):
         twin: bool = False,
         held_out: Probe | str | PathLike[str] | None = None,
         options: LinearizationOptions | None = None,
+        name: str | None = None,
+        history: History | None = None,
         on_error: OnError = "warn",
     ) -> None:
         instrument = LinearizationInstrument(
@@ -91,7 +97,9 @@ class LinearizationMonitor(Monitor):
             output_fn=output_fn,
             twin=twin,
             held_out=_checked_held_out(held_out),
-            options=options,
+            options=chosen_options(
+                options, LinearizationOptions, name=name, history=history
+            ),
         )
         chosen = instrument.options
         twin_of_run = instrument.twin
@@ -159,8 +167,8 @@ class LinearizationMonitor(Monitor):
             self.instrument.twin.lose()
             rank_zero_warn(
                 f"{self._who}: the linearized twin is off for the rest of this run, "
-                f"after step {self._step} ({type(error).__name__}: {error}). The other "
-                "curves and training go on."
+                f"after step {self.progress.step} ({type(error).__name__}: {error}). "
+                "The other curves and training go on."
             )
 
     # State --------------------------------------------------------------------------
@@ -174,10 +182,10 @@ class LinearizationMonitor(Monitor):
         instrument = {**state["instrument"], "twin": twin.state_dict()}
         return {**state, "instrument": instrument}
 
-    def _forget_final(self) -> None:
-        if self._scheduled_state is not None:
-            self._scheduled_state = self.state_dict()  # the twin trained on since
-        super()._forget_final()
+    def _take_back(self) -> None:
+        if self.progress.before is not None:
+            self.progress.before = self.state_dict()  # the twin trained on since
+        super()._take_back()
 
 
 def _checked_held_out(held_out: Any) -> Probe | None:

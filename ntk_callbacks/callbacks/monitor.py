@@ -17,8 +17,14 @@ from ntk_callbacks.callbacks.namespaces import (
     be_callback_of_both,
     rank_zero_warn,
 )
-from ntk_callbacks.callbacks.precautions import mute, refuse_sharded, stable_text
+from ntk_callbacks.callbacks.precautions import (
+    mute,
+    refuse_same_name,
+    refuse_sharded,
+    stable_text,
+)
 from ntk_callbacks.callbacks.probe_source import probe_of
+from ntk_callbacks.callbacks.progress import Progress
 from ntk_callbacks.callbacks.when import When
 from ntk_callbacks.engine.series import share_kernels
 from ntk_callbacks.guard import isolated_rng, quietly
@@ -68,7 +74,8 @@ class Monitor(Callback):
         self.instrument = instrument
         self._pristine = instrument.state_dict()
         self.when = When(as_schedule(every), self._who)
-        self.history: list[tuple[int, dict[str, float]]] = []
+        self.progress = Progress(instrument)
+        self.history = self.progress.history
         """(step, {tag: value}) of every measurement of this run."""
         self.source = probe
         """What to measure on, or how many training examples to draw."""
@@ -78,18 +85,12 @@ class Monitor(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.history.clear()
+        self.progress.restart()
         self.kept.restart()
         self.when.restart()
         self.failures.restart()
-        self._step = 0
-        self._measured = self._previous = -1
-        self._seen = 0
         self._started = self._introduced = False
         self._restored = False
-        # The state before a final measurement off schedule: what a checkpoint keeps,
-        # so that a resumed run draws the curves of an unbroken one.
-        self._scheduled_state: dict[str, Any] | None = None
         self._last_weights: list[int] | None = None
 
     @property
@@ -98,6 +99,12 @@ class Monitor(Callback):
         return self._generate_state_key(
             every=self.when.schedule.text, settings=self._settings
         )
+
+    def __repr__(self) -> str:
+        source = self.source.n if isinstance(self.source, Probe) else self.source
+        on = "" if source is None else f", probe={source}"
+        every = self.when.schedule.text
+        return f"{self._who}(name={self.instrument.name!r}{on}, every={every!r})"
 
     # When ---------------------------------------------------------------------------
 
@@ -113,13 +120,8 @@ class Monitor(Callback):
             ValueError: If another monitor has the same name.
         """
         monitors = _monitors_of(trainer)
-        names = [m.instrument.name for m in monitors if m is not self]
-        if self.instrument.name in names:
-            raise ValueError(
-                f"{self._who}: another monitor writes to the tags "
-                f"{self.instrument.name}/… too. Give one of them another name: "
-                'NTKMonitor(options=NTKOptions(name="ntk_test")), name= of the others.'
-            )
+        others = [m.instrument.name for m in monitors if m is not self]
+        refuse_same_name(self._who, self.instrument.name, others)
         with isolated_rng():  # run-time type checkers draw which items they check
             share_kernels(monitor.instrument for monitor in monitors)
 
@@ -131,22 +133,28 @@ class Monitor(Callback):
             self.instrument.load_state_dict(self._pristine)
         self._trainer, self._restored = id(trainer), False
         self.when.start_clock()
-        self._seen = trainer.global_step
-        if self._measured < 0:
-            self._step = trainer.global_step
-            if self._step > 0:
+        missed, owed = self.progress.advance(trainer.global_step), self.progress.owed
+        if missed or owed:  # interrupted before our hook behind an update, or in it
+            self._take_back()
+        if self.progress.measured < 0:
+            self.progress.step = trainer.global_step
+            if self.progress.step > 0:
                 rank_zero_warn(
                     f"{self._who}: the checkpoint holds no earlier measurement. "
-                    f"References are taken now, after {self._step} updates."
+                    f"References are taken now, after {self.progress.step} updates."
                 )
             self._measure(trainer, pl_module)
+        elif owed:
+            self._measure(trainer, pl_module)
+        elif missed:
+            self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
         publish(trainer, self.history)
         share(trainer, self.history, self.instrument.name)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Note the loss, if the schedule asks for it."""
         if self._active(trainer):
-            self.when.note_loss(self._step + 1, loss)
+            self.when.note_loss(self.progress.step + 1, loss)
 
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer
@@ -155,52 +163,51 @@ class Monitor(Callback):
         if self.when.schedule.events and self._active(trainer):
             groups = [g for o in trainer.optimizers for g in o.param_groups]
             rates = [float(group.get("lr", math.nan)) for group in groups]
-            self.when.note_update(self._step + 1, rates)
+            self.when.note_update(self.progress.step + 1, rates)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure after an optimizer update, if it is due."""
-        # Counting changes counts updates under accumulation and with several
-        # optimizers too, where `global_step` stands still or jumps.
-        if trainer.global_step == self._seen:
+        if not self.progress.advance(trainer.global_step):
             return
-        self._seen = trainer.global_step
-        self._step += 1
-        self._forget_final()
+        self._take_back()
         # Before validation, whose end is when checkpoints are written by default.
         self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
         share(trainer, self.history, self.instrument.name)
 
     def on_late_loss(self, trainer: Any, pl_module: Any, loss: float) -> None:
         """Measure the update just made if its loss, told only now, makes it due."""
-        if self._active(trainer) and self.when.note_late_loss(self._step, loss):
+        if self._active(trainer) and self.when.note_late_loss(self.progress.step, loss):
             # A final measurement was on schedule after all.
-            self._scheduled_state = None
+            self.progress.before = None
             self._measure_if_due(trainer, pl_module, ends_epoch=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure what the last batch could not know of: early stops, skipped steps."""
         self._measure_if_due(trainer, pl_module, ends_epoch=True)
-        if self._measured != self._step and self._active(trainer):
+        if self.progress.measured != self.progress.step and self._active(trainer):
             self._last_weights = weight_sums(pl_module)
         else:
             self._last_weights = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure the last step if another callback stopped the run after ours."""
-        missed = self._measured != self._step and self._last_weights is not None
+        missed = (
+            self.progress.measured != self.progress.step
+            and self._last_weights is not None
+        )
         # Weight-averaging callbacks put other weights into the module at this point.
         if missed and weight_sums(pl_module) == self._last_weights:
             self._measure(trainer, pl_module, scheduled=False)
         if self._active(trainer):
-            self.failures.not_taken(self.kept.draw(trainer.loggers), self._step)
+            self.failures.not_taken(self.kept.draw(trainer.loggers), self.progress.step)
 
     def _measure_if_due(self, trainer: Any, pl_module: Any, ends_epoch: bool) -> None:
-        if self._measured == self._step:
+        if self.progress.measured == self.progress.step:
             return
         epoch = trainer.current_epoch + 1 if ends_epoch else None
-        if self.when.due(self._step, epoch):
+        if self.when.due(self.progress.step, epoch):
             self._measure(trainer, pl_module)
         elif is_last_step(trainer, ends_epoch):
             self._measure(trainer, pl_module, scheduled=False)
@@ -208,11 +215,12 @@ class Monitor(Callback):
     # What ---------------------------------------------------------------------------
 
     def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
-        if not scheduled:
-            self._scheduled_state = self.state_dict()
-        self._previous, self._measured = self._measured, self._step
-        if not self._active(trainer):
-            return
+        self.progress.begin(scheduled)
+        if self._active(trainer):
+            self._take(trainer, pl_module)
+        self.progress.end(scheduled)
+
+    def _take(self, trainer: Any, pl_module: Any) -> None:
         start = time.perf_counter()
         try:
             refuse_sharded(trainer)
@@ -223,7 +231,7 @@ class Monitor(Callback):
                     self.instrument.start(probe)
                     self.kept.probe = probe
                 self._started = True
-                measurement = self.instrument.measure(pl_module, self._step)
+                measurement = self.instrument.measure(pl_module, self.progress.step)
         except Exception as error:
             self._skip(trainer, error)
             return
@@ -246,13 +254,13 @@ class Monitor(Callback):
             own = self.instrument.name
             failures += introduce(measurement.scalars, own, groups, trainer.loggers)
         failures += self.kept.keep(
-            measurement, trainer, pl_module, self._previous, self.history[:-1]
+            measurement, trainer, pl_module, self.progress.previous, self.history[:-1]
         )
         self.failures.not_taken(failures, measurement.step)
 
     def _skip(self, trainer: Any, error: Exception) -> None:
         before = takewhile(lambda other: other is not self, _monitors_of(trainer))
-        self.failures.skip(error, self._step, [m.failures for m in before])
+        self.failures.skip(error, self.progress.step, [m.failures for m in before])
 
     def _active(self, trainer: Any) -> bool:
         return bool(trainer.is_global_zero) and not self.failures.off
@@ -261,32 +269,16 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the curves of an unbroken one."""
-        if self._scheduled_state is not None:
-            now = {"step": self._step, "events": self.when.state_dict()}
-            return {**self._scheduled_state, **now}
-        return {
-            "step": self._step,
-            "measured": self._measured,
-            "history": [(step, dict(scalars)) for step, scalars in self.history],
-            "instrument": self.instrument.state_dict(),
-            "events": self.when.state_dict(),
-        }
+        return {**self.progress.state_dict(), "events": self.when.state_dict()}
 
-    def _forget_final(self) -> None:
-        """Go on after a last step that was not the last, as if it had not been one."""
-        if self._scheduled_state is not None:
-            self._measured = self._scheduled_state["measured"]
-            self.instrument.load_state_dict(self._scheduled_state["instrument"])
-            self._scheduled_state = None
+    def _take_back(self) -> None:
+        self.progress.take_back()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._reset()
         self._restored = True
-        self._step = state_dict["step"]
-        self._measured = state_dict["measured"]
-        self.history += [(step, dict(found)) for step, found in state_dict["history"]]
-        self.instrument.load_state_dict(state_dict["instrument"])
+        self.progress.load_state_dict(state_dict)
         # Checkpoints of earlier versions do not have it.
         self.when.load_state_dict(state_dict.get("events", {}))
 

@@ -1,5 +1,6 @@
 """What a monitor does before it touches a module that is being trained."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,24 @@ def mute(pl_module: nn.Module) -> None:
 
 def _log_nothing(*_args: Any, **_options: Any) -> None:
     return None
+
+
+def refuse_same_name(who: str, name: str, others: Iterable[str]) -> None:
+    """Before any training: two monitors of one name write over one another.
+
+    Args:
+        who: The class of the monitor.
+        name: Group of its tags.
+        others: Those of the other monitors of the trainer.
+
+    Raises:
+        ValueError: If one of them is the same.
+    """
+    if name in others:
+        raise ValueError(
+            f"{who}: another monitor writes to the tags {name}/… too. Give one of them "
+            f'another name: {who}(name="{name}_test").'
+        )
 
 
 def refuse_sharded(trainer: Any) -> None:

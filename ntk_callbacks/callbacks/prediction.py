@@ -134,7 +134,7 @@ class PredictionMonitor(Monitor):
                 self.instrument.predict(
                     pl_module,
                     optimizer,
-                    self._step + 1,
+                    self.progress.step + 1,
                     gradients=gradients,
                     applied=clipped_by_trainer(
                         trainer, pl_module, optimizer, gradients
@@ -148,17 +148,16 @@ class PredictionMonitor(Monitor):
         """Whether the next update will be measured, as far as can be known."""
         ends_epoch = trainer.is_last_batch
         epoch = trainer.current_epoch + 1 if ends_epoch else None
-        if self.when.due(self._step + 1, epoch) or is_last_step(trainer, ends_epoch):
+        if self.when.due(self.progress.step + 1, epoch) or is_last_step(
+            trainer, ends_epoch
+        ):
             return True
         steps = trainer.global_step + len(trainer.optimizers)
         return bool(trainer.max_steps != -1 and steps >= trainer.max_steps)
 
-    def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
+    def _take(self, trainer: Any, pl_module: Any) -> None:
         error, self._failed = self._failed, None
         if error is None:
-            super()._measure(trainer, pl_module, scheduled)
-            return
-        if not scheduled:
-            self._scheduled_state = self.state_dict()
-        self._measured = self._step
-        self._skip(trainer, error)
+            super()._take(trainer, pl_module)
+        else:
+            self._skip(trainer, error)

@@ -137,9 +137,12 @@ class When:
         return affordable
 
     def state_dict(self) -> dict[str, Any]:
-        """What the events remember."""
-        return {text: dict(memory) for text, memory in self._memories.items()}
+        """What the events remember, and the last update at which one happened."""
+        memories = {text: dict(memory) for text, memory in self._memories.items()}
+        return {**memories, "at": self._event}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self._memories = {text: dict(memory) for text, memory in state.items()}
+        memories = dict(state)
+        self._event = memories.pop("at", -1)  # earlier versions did not keep it
+        self._memories = {text: dict(memory) for text, memory in memories.items()}

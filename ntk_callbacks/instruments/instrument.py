@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
 
-_Options = TypeVar("_Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Options = TypeVar("_Options", bound="DataclassInstance")
 
 _WRAPPERS = ("_orig_mod.", "_forward_module.")  # torch.compile, Fabric
 
@@ -76,12 +80,13 @@ def one_of(argument: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}={value!r}; expected one of {', '.join(valid)}.")
 
 
-def chosen_options(options: object, kind: type[_Options]) -> _Options:
+def chosen_options(options: object, kind: type[_Options], **given: object) -> _Options:
     """The options that were given, or the default ones.
 
     Args:
         options: Of that kind, or None.
         kind: Class of the options.
+        **given: Options that were given by keyword, which go before; None is none.
 
     Returns:
         Options of that kind.
@@ -90,13 +95,14 @@ def chosen_options(options: object, kind: type[_Options]) -> _Options:
         ValueError: If it is anything else, such as a mapping from a configuration.
     """
     if options is None:
-        return kind()
+        options = kind()
     if not isinstance(options, kind):
         raise ValueError(
             f"options={options!r}; expected {kind.__name__}(…), in a configuration "
             f"_target_: ntk_callbacks.{kind.__name__} beside the keys."
         )
-    return options
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(options, **changes) if changes else options
 
 
 def numbers(found: Mapping[str, Tensor | float | None]) -> dict[str, float]:

@@ -13,7 +13,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntk_callbacks import (
+    FeatureMonitor,
     JacobianMonitor,
+    LinearizationMonitor,
+    LinearizationOptions,
     NTKMonitor,
     NTKOptions,
     ParameterDriftMonitor,
@@ -225,12 +228,43 @@ def test_missing_file_is_found_before_any_training(tmp_path):
     "kind",
     [
         *(NTKMonitor, ParameterDriftMonitor, JacobianMonitor),
-        *(PredictionMonitor, SignalMonitor),
+        *(PredictionMonitor, SignalMonitor, FeatureMonitor, LinearizationMonitor),
     ],
 )
 def test_two_monitors_of_one_name_are_refused_before_training(kind):
-    with pytest.raises(ValueError, match="another monitor writes to the tags"):
+    name = kind().instrument.name
+    way_out = re.escape(f'{kind.__name__}(name="{name}_test")')
+    with pytest.raises(ValueError, match=f"writes to the tags {name}/….*{way_out}"):
         fit(Plain(), [kind(every=2), kind(every=3)])
+    probe = {} if kind is ParameterDriftMonitor else {"probe": 4}
+    other = kind(every=3, name=f"{name}_test", history=False, **probe)
+    assert other.kept.target is False
+    run = fit(Plain(), [kind(every=2, **probe), other], max_steps=3)
+    groups = {tag.split("/")[0] for _, row in run.recorder.rows for tag in row}
+    assert {name, f"{name}_test"} <= groups
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(NTKMonitor, NTKOptions), (LinearizationMonitor, LinearizationOptions)],
+)
+def test_keywords_go_before_options_and_leave_the_others_alone(kind, options):
+    given = options(mode="train", name="one", history="there")
+    monitor = kind(options=given, name="two", history=False)
+    assert monitor.instrument.options == options(
+        mode="train", name="two", history=False
+    )
+    assert (kind(options=given).instrument.name, given.name) == ("one", "one")
+    with pytest.raises(ValueError, match="name='a b' becomes part of tags"):
+        kind(name="a b")
+
+
+def test_a_monitor_says_what_it_measures_and_when():
+    assert repr(NTKMonitor()) == "NTKMonitor(name='ntk', probe=64, every='1 epochs')"
+    monitor = JacobianMonitor(Probe(torch.ones(3, 2)), "5 per decade", name="j")
+    assert repr(monitor) == "JacobianMonitor(name='j', probe=3, every='5 per decade')"
+    text = "ParameterDriftMonitor(name='params', every='2 steps')"
+    assert repr(ParameterDriftMonitor(2)) == text
 
 
 # What the messages say works, works -------------------------------------------------

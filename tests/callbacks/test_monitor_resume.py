@@ -7,13 +7,22 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
-from monitored import PREFIXES, Plain, Recorder, fit, loader, same, seeded
+from monitored import (
+    PREFIXES,
+    QUIET,
+    Plain,
+    Recorder,
+    fit,
+    loader,
+    same,
+    seeded,
+)
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -186,6 +195,88 @@ def test_run_that_died(tmp_path, how, every):
     files = (tmp_path / "saved").iterdir()
     newest = max(files, key=lambda path: path.stat().st_mtime_ns)
     check_curves(every, before, resumed(every, newest), saved)
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "which", "saver"),
+    [
+        (5, 5, 0, lambda: OnExceptionCheckpoint("saved")),
+        (5, 10, 6, lambda: ModelCheckpoint("saved", save_on_exception=True)),
+        ("epoch", 8, 1, lambda: ModelCheckpoint("saved", save_on_exception=True)),
+        ("epoch", 8, 5, lambda: OnExceptionCheckpoint("saved")),
+    ],
+)
+def test_interrupted_in_a_measurement(tmp_path, every, step, which, saver):
+    """It is taken again, as are those of the monitors that did not get to theirs."""
+    used, recorder = monitors(every), Recorder()
+    instrument = used[which].instrument
+    measure = instrument.measure
+
+    def interrupted(model, now):
+        measured = measure(model, now)
+        if now == step:
+            raise KeyboardInterrupt
+        return measured
+
+    instrument.measure = interrupted
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run([*used, saver()], recorder)
+    files = (tmp_path / "saved").iterdir()
+    checkpoint = max(files, key=lambda path: path.stat().st_mtime_ns)
+    before, after = recorder.measured(), resumed(every, checkpoint)
+    for now, row in unbroken(every).items():
+        old, new = before.get(now, {}), after.get(now, {})
+        assert not old.keys() & new.keys(), now
+        both = {**old, **new}
+        # What was foretold of an update is not known when it is measured later.
+        late = "prediction/loss" in new and now == step
+        lost = {tag for tag in row if late and tag.startswith("prediction/")}
+        same(both, {t: row[t] for t in row if t not in lost - {"prediction/loss"}})
+
+
+def test_checkpoint_of_another_callback_before_ours():
+    """Saved behind an update that the monitors have not seen yet."""
+
+    class Saver(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint("5.ckpt")
+
+    run([Saver(), *monitors(5)])
+    after = resumed(5, "5.ckpt")
+    assert [*after] == [5, 10, LAST]
+    for step in (10, LAST):
+        same(after[step], unbroken(5)[step], f"step {step}")
+
+
+def test_fit_goes_on_after_an_interrupt_with_the_same_objects():
+    """In a notebook."""
+    recorder, used = Recorder(), monitors(5)
+    drift = used[1].instrument
+    measure = drift.measure
+
+    def interrupted(model, now):
+        if now == 5:
+            drift.measure = measure
+            raise KeyboardInterrupt
+        return measure(model, now)
+
+    drift.measure = interrupted
+    seeded()
+    model = Repeatable()
+    trainer = Trainer(**QUIET, max_steps=LAST, callbacks=used, logger=recorder)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(model, loader(), loader(3))
+    assert trainer.global_step == 5
+    trainer.fit(model, loader(), loader(3))
+    tags = {t for t in unbroken(5)[5] if not t.startswith("prediction")}
+    found = recorder.measured()
+    same(
+        {t: v for t, v in found[5].items() if t in tags},
+        {t: v for t, v in unbroken(5)[5].items() if t in tags},
+    )
+    for monitor in used:
+        assert [step for step, _ in monitor.history][:2] == [0, 5]
 
 
 def test_interrupted_from_the_keyboard(tmp_path):
