@@ -21,7 +21,7 @@ from ntk_callbacks.instruments.instrument import (
     one_of,
     tag_name,
 )
-from ntk_callbacks.instruments.kernel_view import KernelView
+from ntk_callbacks.instruments.kernel_view import KernelView, labeled
 from ntk_callbacks.layout import symmetric, widened
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -189,7 +189,7 @@ def _alignment(kernel: Tensor, targets: Tensor | None) -> Tensor | None:
         return None
     if not targets.is_floating_point() and targets.numel() != len(targets):
         return None
-    return metrics.target_alignment(kernel, targets.to(kernel.device))
+    return metrics.target_alignment(*labeled(kernel, targets.to(kernel.device)))
 
 
 def _dead_share(patterns: Patterns) -> float:

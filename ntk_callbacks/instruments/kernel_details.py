@@ -10,12 +10,13 @@ from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.instruments.instrument import tag_name
-from ntk_callbacks.instruments.kernel_stability import descent_rate
+from ntk_callbacks.instruments.kernel_stability import descent_rate, trains_just
 from ntk_callbacks.instruments.kernel_view import (
     METRICS,
     Found,
     KernelMetric,
     KernelView,
+    labeled,
 )
 from ntk_callbacks.layout import as_matrix, widened
 
@@ -57,13 +58,13 @@ def _subspace_overlap(view: KernelView) -> Tensor:
 def _class_ratio(view: KernelView) -> Tensor | None:
     if view.classes is None:
         return None
-    return metrics.within_between_ratio(view.traced, view.classes)
+    return metrics.within_between_ratio(*labeled(view.traced, view.classes))
 
 
 def _class_blocks(view: KernelView) -> Tensor | None:
     if view.classes is None:
         return None
-    return metrics.class_blocks(view.traced, view.classes)
+    return metrics.class_blocks(*labeled(view.traced, view.classes))
 
 
 def _batchnorm_gap(view: KernelView) -> Tensor | float | None:
@@ -158,7 +159,10 @@ def _change(view: KernelView, part: str) -> Tensor:
 def _residual_modes(view: KernelView) -> dict[str, Found]:
     if view.source is None or view.loss is None or view.modes is None:
         return {}
-    rate = descent_rate(view.source.optimizers)
+    source, rate = view.source, descent_rate(view.source.optimizers)
+    # Θ must be the kernel of what moves: not of a part of it, nor of more.
+    if not trains_just(source.optimizers, source.model, source.request.parameters):
+        rate = None
     found = view.modes.measured(view.loss, view.ntk, view.steps, rate)
     return {f"modes/{end}": value for end, value in found.items()}
 

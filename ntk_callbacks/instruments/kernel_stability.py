@@ -106,6 +106,32 @@ def descent_rate(optimizers: Sequence[Optimizer]) -> float | None:
     return rates.pop() if len(rates) == 1 else None
 
 
+def trains_just(
+    optimizers: Sequence[Optimizer], model: nn.Module, parameters: ParameterFilter
+) -> bool:
+    """Whether these optimizers train all the measured parameters, and no others.
+
+    Args:
+        optimizers: All that train.
+        model: The module that is trained.
+        parameters: Which are measured, as in `empirical_ntk`.
+
+    Returns:
+        False where a layer that no optimizer holds is measured, or one that moves is
+        not; frozen parameters that an optimizer holds do not count.
+    """
+    names = select_parameters(model, parameters)
+    measured = {id(model.get_parameter(name)) for name in names}
+    held = {
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    }
+    return held == measured
+
+
 def unwrapped(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     """The optimizers inside those of Lightning and Fabric."""
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]

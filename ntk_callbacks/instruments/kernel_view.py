@@ -16,6 +16,7 @@ from ntk_callbacks.instruments.kernel_loss import LossTerms, loss_terms
 from ntk_callbacks.instruments.kernel_modes import MODES, ResidualModes
 from ntk_callbacks.instruments.kernel_source import KernelSource
 from ntk_callbacks.instruments.kernel_stability import StabilityLimit
+from ntk_callbacks.instruments.probe_loss import IGNORED
 from ntk_callbacks.layout import as_matrix, widened
 
 
@@ -161,6 +162,15 @@ def _kernel_velocity(view: KernelView) -> Tensor | float:
     return metrics.kernel_distance(view.ntk, view.previous) / view.steps
 
 
+def labeled(kernel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel (n, n) and targets, without the examples that have no label, −100."""
+    if targets.is_floating_point():
+        return kernel, targets
+    known = (targets.reshape(-1) != IGNORED).nonzero()[:, 0]
+    index = known.to(kernel.device)
+    return kernel[index][:, index], targets[known]
+
+
 def _have_distances(targets: Tensor) -> bool:
     """Real targets, or one class for each example: not the tokens of a sequence."""
     return targets.is_floating_point() or targets.numel() == len(targets)
@@ -169,7 +179,8 @@ def _have_distances(targets: Tensor) -> bool:
 def _target_alignment(view: KernelView) -> Tensor | None:
     if view.targets is None or not _have_distances(view.targets):
         return None
-    return metrics.target_alignment(view.traced, view.targets.to(view.ntk.device))
+    targets = view.targets.to(view.ntk.device)
+    return metrics.target_alignment(*labeled(view.traced, targets))
 
 
 def _off_diagonal_share(view: KernelView) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ntk_callbacks import NTKOptions, Probe
+from ntk_callbacks.instruments.features import FeatureInstrument
 from ntk_callbacks.instruments.kernel import KernelInstrument
 from ntk_callbacks.instruments.kernel_details import DETAILS, OF_PARTS
 from ntk_callbacks.instruments.kernel_view import METRICS, KernelView
@@ -336,3 +337,23 @@ def test_metrics_of_your_own_may_be_matrices_and_groups():
     found = instrument.measure(product(*two_points()[0]), 0)
     assert [*found.scalars] == ["ntk_modes/first", "monitor/audit_error"]
     assert found.matrices["ntk/half"].numpy() == pytest.approx(kernels()[0] / 2)
+
+
+def test_examples_without_a_label_are_no_class():
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
+    y = torch.tensor([0, 1, 0, 1, 1, 0, -100, -100, -100])
+    names = ["target_alignment", "class_ratio"]
+    found = []
+    for known in (slice(None), slice(6)):
+        torch.manual_seed(6)
+        net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        kernel, features = KernelInstrument(metrics=names), FeatureInstrument()
+        scalars = {}
+        for instrument in (kernel, features):
+            instrument.start(Probe(x[known], y[known]))
+            scalars |= instrument.measure(net, 0).scalars
+        found.append(
+            [scalars[f"ntk/{n}"] for n in names]
+            + [scalars["features/target_alignment"]]
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

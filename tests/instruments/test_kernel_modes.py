@@ -218,3 +218,36 @@ def test_targets_that_are_none_for_the_loss_are_refused(loss, targets, found):
     instrument.start(Probe(torch.tensor(X), targets))
     with pytest.raises(ProbeError, match=rf"loss='{loss}'.*\(12, 3\).*{found}"):
         instrument.measure(nn.Linear(D, 3).double(), 0)
+
+
+def hidden():
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+@pytest.mark.parametrize(
+    ("held", "parameters", "frozen", "predicted"),
+    [
+        ("2", None, False, False),  # the kernel is of more than what moves
+        ("", r"^2\.", False, False),  # of less
+        ("2", r"^2\.", False, True),
+        ("", None, True, True),  # frozen layers are in neither
+    ],
+)
+def test_decay_is_predicted_where_the_kernel_is_of_all_that_moves(
+    held, parameters, frozen, predicted
+):
+    net = hidden()
+    net[0].requires_grad_(not frozen)
+    sgd = torch.optim.SGD([p for n, p in net.named_parameters() if held in n], 0.02)
+    instrument = KernelInstrument(metrics=["residual_modes"], parameters=parameters)
+    instrument.optimizers = [sgd]
+    instrument.start(PROBE)
+    instrument.measure(net, 0)
+    train(net, sgd, PROBE, half_mean, 5, instrument)
+    found = instrument.measure(net, 5).scalars
+    assert ("ntk_modes/decay_predicted/1" in found) == predicted
+    if predicted:  # only the last layer moved, in which the network is linear
+        assert found["ntk_modes/decay_predicted/1"] == pytest.approx(
+            found["ntk_modes/decay_measured/1"], rel=1e-6
+        )
