@@ -135,7 +135,7 @@ def displacement(params: Params, reference: Params) -> Float[Tensor, ""]:
         Value in [0, ∞) in float64; infinite or NaN if θ₀ is zero.
 
     Raises:
-        ValueError: If the names differ.
+        ValueError: If the names or shapes differ.
 
     Example:
         >>> displacement({"w": torch.tensor([3.0])}, {"w": torch.tensor([2.0])})
@@ -158,7 +158,7 @@ def cosine_similarity(params: Params, reference: Params) -> Float[Tensor, ""]:
         Value in [−1, 1] in float64; NaN if either is zero.
 
     Raises:
-        ValueError: If the names differ.
+        ValueError: If the names or shapes differ.
 
     Example:
         >>> cosine_similarity({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 0.0])})
@@ -206,3 +206,9 @@ def _check_names(params: Params, reference: Params) -> None:
     if params.keys() != reference.keys():
         differ = sorted(params.keys() ^ reference.keys())
         raise ValueError(f"both need the same parameters; only one has {differ}.")
+    for name, value in params.items():
+        if value.shape != reference[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(value.shape)}, in the reference "
+                f"{tuple(reference[name].shape)}; compare the weights of one model."
+            )

@@ -196,3 +196,9 @@ def test_half_precision_weights(metric):
     reference = {"a": torch.tensor([1.0, 1.0]).bfloat16()}
     exact = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 1.0])}
     assert metric(params, reference) == metric(*exact)
+
+
+def test_weights_of_other_shapes_are_refused_and_not_broadcast() -> None:
+    for score in (displacement, cosine_similarity):
+        with pytest.raises(ValueError, match=r"'w' has shape \(3,\).*\(1,\)"):
+            score({"w": torch.ones(3)}, {"w": torch.ones(1)})
