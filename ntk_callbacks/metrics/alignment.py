@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ntk_callbacks.metrics.drift import frobenius_norm
+from ntk_callbacks.metrics.magnitude import frobenius_norm, rescaled
 
 
 def cka(
@@ -37,7 +37,7 @@ def cka(
             f"cka: the kernels have shapes {tuple(kernel.shape)} and "
             f"{tuple(reference.shape)}; they need the same examples."
         )
-    first, second = centered(kernel), centered(reference)
+    first, second = rescaled(centered(kernel)), rescaled(centered(reference))
     lengths = frobenius_norm(first) * frobenius_norm(second)
     return (first * second).sum() / lengths
 
@@ -103,9 +103,11 @@ def off_diagonal_share(ntk: Float[Tensor, "n n c c"]) -> Float[Tensor, ""]:
         >>> off_diagonal_share(torch.eye(2).expand(3, 3, 2, 2))
         tensor(0.)
     """
-    total = (ntk**2).sum()
-    diagonal = (torch.diagonal(ntk, dim1=2, dim2=3) ** 2).sum()
-    return (total - diagonal) / total
+    squares = rescaled(ntk).square()
+    total = squares.sum()
+    # Not total − diagonal: of nearly diagonal kernels that leaves only round-off.
+    torch.diagonal(squares, dim1=2, dim2=3).zero_()
+    return squares.sum() / total
 
 
 def class_blocks(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ntk_callbacks._types import Params
 from ntk_callbacks.layout import widened
+from ntk_callbacks.metrics.magnitude import frobenius_norm, power_of_two
 
 
 def relative_change(
@@ -87,8 +88,11 @@ def scale_change(
     """
     _check_shapes(kernel, reference)
     # Of the difference, not of the kernel: 1 would swallow small changes.
-    along = ((kernel - reference) * reference).sum()
-    return along / (reference * reference).sum()
+    if not reference.numel():
+        return reference.sum() / 0
+    power = power_of_two(reference.flatten())[0]
+    change, unit = (kernel - reference) / power, reference / power
+    return (change * unit).sum() / (unit * unit).sum()
 
 
 def shape_change(
@@ -116,12 +120,6 @@ def shape_change(
     _check_shapes(kernel, reference)
     across = kernel - reference - scale_change(kernel, reference) * reference
     return frobenius_norm(across) / frobenius_norm(reference)
-
-
-def frobenius_norm(kernel: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Root of the sum of squares of all entries, ‖Θ‖_F."""
-    length: Tensor = torch.linalg.vector_norm(kernel)
-    return length
 
 
 def displacement(params: Params, reference: Params) -> Float[Tensor, ""]:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_callbacks.metrics.magnitude import power_of_two, rescaled
+
 
 def condition_number(
     values: Float[Tensor, " r"], *, tolerance: float = 0.0
@@ -55,7 +57,8 @@ def participation_ratio(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
         tensor(2.)
     """
     _refuse_empty(eigenvalues)
-    return eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    values = rescaled(eigenvalues)
+    return values.sum() ** 2 / (values**2).sum()
 
 
 def entropy_rank(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
@@ -151,7 +154,7 @@ def isometry_gap(singular_values: Float[Tensor, "*n r"]) -> Float[Tensor, "*n"]:
         tensor([0.0000, 0.8000])
     """
     _refuse_empty(singular_values)
-    squares = singular_values.square()
+    squares = (singular_values / power_of_two(singular_values)).square()
     return (squares / squares.mean(-1, keepdim=True) - 1).abs().amax(-1)
 
 
