@@ -1,6 +1,9 @@
 # The menu. Every target creates .venv and installs what it needs; nothing else is needed.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Tests of small tensors: a process for each core is faster than a thread for each.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo experiments test test-fast lint bench bench-rivals clean
@@ -16,11 +19,11 @@ experiments: .venv/.run
 
 ## Every test, the slow ones included.
 test: .venv/.dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 ## The tests of a minute or less together.
 test-fast: .venv/.dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 ## Formatting, lint, types and the one-way flow of imports.
 lint: .venv/.dev

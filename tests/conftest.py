@@ -1,10 +1,12 @@
-"""Every test draws the same random numbers; a browser for those that look at pages."""
+"""The same random numbers for every test, a browser for pages, a table of coverage."""
 
 import os
 import shutil
 
 import pytest
 import torch
+
+SHARES = pytest.StashKey[dict[str, float]]()
 
 # The tensors here are small: more threads make them slower.
 torch.set_num_threads(1)
@@ -54,3 +56,32 @@ def browser():
         yield session
     finally:
         session.quit()
+
+
+@pytest.fixture
+def fast_shares(request):
+    """Name of a model -> share of its parameters on fast routes; printed at the end."""
+    return request.config.stash.setdefault(SHARES, {})
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["shares"] = session.config.stash.get(SHARES, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    shares = getattr(node, "workeroutput", {}).get("shares", {})
+    node.config.stash.setdefault(SHARES, {}).update(shares)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    shares = config.stash.get(SHARES, {})
+    if not shares:
+        return
+    whole = sum(share == 1 for share in shares.values())
+    terminalreporter.section("parameters on fast routes")
+    terminalreporter.line(f"all of them in {whole} of {len(shares)} models; in others:")
+    for name, share in sorted(shares.items(), key=lambda item: item[1]):
+        if share < 1:
+            terminalreporter.line(f"{share:7.1%}  {name}")

@@ -56,7 +56,7 @@ def steps_of(schedule, model=None, before=(), after=(), **settings):
         (at(0, 8, 50), [0, 8]),
         (lambda step: step in (2, 5), [0, 2, 5, 8]),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "text", value)).partition(" at 0x")[0],
 )
 def test_every_kind_of_schedule(schedule, expected):
     assert steps_of(schedule) == expected
