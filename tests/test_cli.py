@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from one_of_a_kind import quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ntk_callbacks.cli import main
@@ -245,13 +246,20 @@ class InterruptAt(pl.Callback):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["experiment=mlp"],
-        ["experiment=resnet", "model.width=4"],
-        ["optimizer=adam"],
-        ["callbacks=default", "callbacks.ntk.probe=4", "callbacks.jacobian.probe=4"],
-    ],
-    ids=" ".join,
+    quick(
+        [
+            ["experiment=mlp"],
+            ["experiment=resnet", "model.width=4"],
+            ["optimizer=adam"],
+            [
+                "callbacks=default",
+                *(f"callbacks.{m}.probe=4" for m in ("ntk", "jacobian")),
+            ],
+        ],
+        "experiment=mlp",
+        "callbacks=default callbacks.ntk.probe=4 callbacks.jacobian.probe=4",
+        ids=" ".join,
+    ),
 )
 def test_a_resumed_run_ends_where_an_unbroken_one_ends(ntk_train, words):
     words = [*TINY, *words, "trainer.max_epochs=3"]

@@ -50,6 +50,7 @@ def test_studies_are_found():
 FAILS = ["lazy_width", "--set", "scale=smoke", "--set", "seed=1"]
 
 
+@pytest.mark.slow
 def test_study_that_fails_its_checks_is_an_error(ntk_experiments, capsys):
     with pytest.raises(SystemExit) as stop:
         ntk_experiments(*FAILS)

@@ -30,6 +30,7 @@ from monitored import (
     seeded,
     three_monitors,
 )
+from one_of_a_kind import quick
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -378,7 +379,7 @@ def compiled(how, backend):
     return torch.compile(model, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", quick(["eager", "aot_eager"], "eager"))
 @pytest.mark.parametrize("how", ["inner", "module"])
 def test_compiled_models(how, backend):
     """Mode 30: same training, no more compilations, names without wrappers."""

@@ -413,6 +413,7 @@ def test_inputs_that_are_tokens_have_no_input_jacobian():
     assert not measured(run)
 
 
+@pytest.mark.slow
 def test_half_precision_arithmetic_is_left_aside():
     rows = []
     for bf16 in (True, False):
@@ -425,6 +426,7 @@ def test_half_precision_arithmetic_is_left_aside():
     same(*rows)
 
 
+@pytest.mark.slow
 def test_language_model_at_its_last_token():
     seeded()
     config = GPT2Config(**SMALL, n_embd=8, n_layer=1, n_head=2, n_positions=8)

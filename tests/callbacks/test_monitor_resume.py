@@ -24,6 +24,7 @@ from monitored import (
     seeded,
 )
 from omegaconf import OmegaConf
+from one_of_a_kind import quick
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -183,10 +184,7 @@ SAVERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "every",
-    [pytest.param(1, marks=pytest.mark.slow), *[s for s in SCHEDULES if s != 1]],
-)
+@pytest.mark.parametrize("every", quick(SCHEDULES, "epoch"))
 @pytest.mark.parametrize("how", SAVERS)
 def test_run_that_died(tmp_path, how, every):
     """Mode 13: references, the last kernel and the path come from the checkpoint."""
@@ -302,6 +300,7 @@ def test_more_steps_after_the_last_one(end, every):
         same(row, expected[step], f"step {step}")
 
 
+@pytest.mark.slow
 def test_interrupted_twice():
     run(monitors(5), max_steps=3).trainer.save_checkpoint("3.ckpt")
     second = run(monitors(5), max_steps=7, ckpt_path="3.ckpt")
@@ -495,6 +494,7 @@ class Augmented(Dataset):
         return noise * (index + 1), index % 2
 
 
+@pytest.mark.slow
 def test_probe_of_an_augmenting_dataset_is_drawn_again():
     """Wherever the generators stand, the same examples with the same noise."""
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import BY_ID, mlp
+from one_of_a_kind import quick
 from oracles import call, ntk_by_loop, relative_error
 from torch import nn
 
@@ -161,6 +162,7 @@ def test_a_tighter_tolerance_gives_smaller_residuals():
     assert loose.residuals.max() > 1e-6 * loose.eigenvalues[0]
 
 
+@pytest.mark.slow
 def test_scaling_is_part_of_the_kernel():
     net, x = mlp().double(), torch.randn(5, 5, dtype=torch.float64)
     scaling = {name: torch.rand_like(p) for name, p in net.named_parameters()}
@@ -242,7 +244,9 @@ def moments(density, orders):
     return [(density.weights * density.nodes**order).sum().item() for order in orders]
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet_train", "gru", "tied_weights"])
+@pytest.mark.parametrize(
+    "name", quick(["mlp", "resnet_train", "gru", "tied_weights"], "mlp")
+)
 def test_moments_are_those_of_the_eigenvalues(name):
     kernel, operator = kernel_and_operator(name)
     eigenvalues = torch.linalg.eigvalsh(kernel)
@@ -310,6 +314,7 @@ def test_clusters_have_their_shares():
     assert density.density[between].max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_semicircle_like_bulk_is_seen():
     """Marchenko–Pastur: the spectrum of X Xᵀ for random X is known in closed form."""
     n, d = 300, 600

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.utils import instantiate
+from one_of_a_kind import quick
 
 from ntk_callbacks.cli import main
 from ntk_callbacks.studies.run_study import scaled
@@ -39,7 +40,7 @@ def ntk_train(tmp_path, monkeypatch, capsys):
     signal.signal(signal.SIGINT, interrupt)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", quick(STUDIES, "lazy_width", "linearized", "gating"))
 def test_smallest_scale(ntk_train, name):
     ntk_train(f"experiment={name}", "scale=smoke")
     (folder,) = Path("outputs", name).iterdir()

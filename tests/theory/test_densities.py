@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from one_of_a_kind import quick
 from torch import nn
 
 from ntk_callbacks.theory import (
@@ -93,7 +94,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: f"{c[0]}-{c[1]:.2g}-{c[3]}-{c[4]}"
+    "case",
+    quick(
+        CASES,
+        "relu-0.7-3-gaussian",
+        "relu-1.4-8-orthogonal",
+        "tanh-1.3-4-gaussian",
+        ids=lambda c: f"{c[0]}-{c[1]:.2g}-{c[3]}-{c[4]}",
+    ),
 )
 def test_mass_moments_and_edge(case):
     *network, depth, weights = case
@@ -132,6 +140,7 @@ def test_leaky_slopes_leave_a_gap_at_zero():
     assert seen.max().item() == pytest.approx(edge.item(), rel=3e-3)  # the grid
 
 
+@pytest.mark.slow
 def test_atoms_where_most_units_let_everything_through():
     """Hard tanh with P(|u| < 1) = p: mass 1 − p at 0, and L p − (L − 1) at σ_w^{2L}."""
     from ntk_callbacks.theory import mean_field, moment
@@ -168,7 +177,7 @@ def test_one_orthogonal_layer_has_the_slopes_of_its_units():
     assert found.masses.tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("weights", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("weights", quick(["gaussian", "orthogonal"], "gaussian"))
 def test_histogram_of_a_wide_relu_network(weights):
     """Eight seeds of n = 300: shares of s² in five bins."""
     n, depth, counts = 300, 3, torch.zeros(5, dtype=torch.float64)
