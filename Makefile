@@ -21,7 +21,7 @@ experiments: .venv/.run
 test: .venv/.dev
 	$(PYTEST)
 
-## The tests of a minute or less together.
+## The tests without the long ones (`make test-fast WORKERS=8` on eight cores).
 test-fast: .venv/.dev
 	$(PYTEST) -m "not slow"
 

@@ -253,7 +253,8 @@ class InterruptAt(pl.Callback):
             ["optimizer=adam"],
             [
                 "callbacks=default",
-                *(f"callbacks.{m}.probe=4" for m in ("ntk", "jacobian")),
+                "callbacks.ntk.probe=4",
+                "callbacks.jacobian.probe=4",
             ],
         ],
         "experiment=mlp",
