@@ -213,13 +213,15 @@ def _ieee_float32() -> Iterator[None]:
             *(mkldnn.matmul, mkldnn.conv, mkldnn.rnn),
         ]
     # Both the older switches and the newer ones, because reading one of them raises
-    # when they contradict each other.
+    # when they contradict each other. One that cannot be read could not be put back.
     products = _read(torch.get_float32_matmul_precision)
     convolutions = _read(lambda: backends.cudnn.allow_tf32)
     saved = [operator.fp32_precision for operator in operators]
     try:
-        torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = False
+        if products is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = False
         for operator in operators:
             operator.fp32_precision = "ieee"
         yield

@@ -352,6 +352,7 @@ def test_precision_of_single_operators_is_restored(model):
         backends.mkldnn.conv: "none",
     }
     before = {operator: operator.fp32_precision for operator in chosen}
+    own = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
         for operator, precision in chosen.items():
             operator.fp32_precision = precision
@@ -363,6 +364,8 @@ def test_precision_of_single_operators_is_restored(model):
             operator.fp32_precision = precision
     assert inside == {"ieee"}
     assert after == chosen
+    # The older switches, which nobody can read while operators differ.
+    assert (backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == own
 
 
 def test_gradients_are_enabled_and_autocast_is_off_inside(model):
