@@ -15,6 +15,9 @@ from ntk_callbacks.engine.segments import Product
 from ntk_callbacks.layout import widened
 
 _CHECKED = 8  # steps between looks at the residuals
+# Of spectra from uniform to singular no smallest value has been seen to converge in all
+# steps that had a residual of .2 s after 3/8 of them; those that did were below .05 s.
+_TRIED, _HOPELESS = 3 / 8, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ def extreme_singular_values(
     0. The largest takes some 10 to 40 steps, of one product each way. The smallest is
     hard: the steps grow like the condition number, so that it converges for J near an
     isometry or with a gap above 0, and for r ≤ `max_steps`, where all is exact. What
-    has not converged is an estimate from within the spectrum.
+    has not converged is an estimate from within the spectrum. It ends before
+    `max_steps` where only smallest values are missing that are far from converging.
 
     Args:
         times: `(n, d) -> (n, c)`, J v of each example.
@@ -108,8 +112,9 @@ def extreme_singular_values(
         finished |= (beta == 0) | ~beta.isfinite()
         betas.append(beta)
         if step == last or step % _CHECKED == 0 or finished.all():
-            found = _ritz(alphas, betas, tolerance, floor, complete=step == r)
-            done = found.largest_converged & found.smallest_converged
+            found, hopeless = _ritz(alphas, betas, tolerance, floor, complete=step == r)
+            given_up = hopeless & (_TRIED * last <= step < last < r)
+            done = found.largest_converged & (found.smallest_converged | given_up)
             if step == last or done.all() or finished.all():
                 return found
         basis = torch.cat([basis, v[:, None]], 1)
@@ -144,12 +149,13 @@ def _ritz(
     tolerance: float,
     floor: float,
     complete: bool,
-) -> ExtremeSingularValues:
-    """Ends of the spectra of the bidiagonal matrices, and their residuals."""
+) -> tuple[ExtremeSingularValues, Bool[Tensor, " n"]]:
+    """Ends of the spectra of the bidiagonal matrices; whether s_min is far off."""
     diagonal, above = (widened(torch.stack(t, 1)).cpu() for t in (alphas, betas))
     n = len(diagonal)
     ends = diagonal.new_full((2, n), torch.nan)
     converged = torch.zeros(2, n, dtype=torch.bool)
+    hopeless = torch.zeros(n, dtype=torch.bool)
     for i in range(n):
         if not (diagonal[i].isfinite().all() and above[i].isfinite().all()):
             continue
@@ -163,4 +169,5 @@ def _ritz(
         small |= torch.tensor(complete)
         ends[:, i] = s[[0, -1]]
         converged[:, i] = small[[0, -1]]
-    return ExtremeSingularValues(*ends, *converged)
+        hopeless[i] = residuals[-1] >= _HOPELESS * s[-1]
+    return ExtremeSingularValues(*ends, *converged), hopeless

@@ -122,6 +122,23 @@ def test_a_spectrum_dense_near_zero_is_not_believed():
     assert more.smallest_converged.all()
 
 
+@pytest.mark.parametrize(("c", "d", "steps"), [(160, 160, 24), (60, 60, 60)])
+def test_products_end_where_only_a_hopeless_smallest_value_is_missing(c, d, steps):
+    torch.manual_seed(0)
+    matrix, used = torch.randn(1, c, d).double(), []
+
+    def times(v):
+        used.append(v)
+        return v @ matrix[0].mT
+
+    found = extreme_singular_values(times, lambda u: u @ matrix[0], (1, c, d))
+    s = torch.linalg.svdvals(matrix)
+    assert len(used) == steps  # all where that makes the smallest value exact
+    assert found.largest_converged.all()
+    assert found.smallest_converged.all() == (steps == c)
+    torch.testing.assert_close(found.largest, s[:, 0], rtol=1e-6, atol=0)
+
+
 def test_single_precision():
     values = torch.linspace(1, 2, 300)
     found, _ = ends(with_values(values.double(), 300, 300, 0).float()[None])
