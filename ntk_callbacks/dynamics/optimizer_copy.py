@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ntk_callbacks.guard import isolated_rng
+from ntk_callbacks.nested import parts
 
 
 def optimizer_copy(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
@@ -26,15 +27,27 @@ def optimizer_copy(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
         ValueError: If it cannot be copied.
     """
     try:
-        twin = copy.deepcopy(optimizer, memo)
-        # Optimizers pickle their groups and state; others keep more than that.
-        for key, value in vars(optimizer).items():
-            if key not in vars(twin):
-                setattr(twin, key, copy.deepcopy(value, memo))
+        return _copied(optimizer, memo)
     except Exception as error:
         raise ValueError(
             f"{type(optimizer).__name__} cannot be copied: {error}"
         ) from error
+
+
+def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    # Not by `deepcopy`: optimizers pickle their groups and state alone, though others
+    # keep more than that, and unpickling one wraps the `step` of its class for good,
+    # which breaks wrappers that never called `Optimizer.__init__`.
+    twin: Optimizer = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    for held in parts(list(vars(optimizer).values())):
+        if isinstance(held, Optimizer) and id(held) not in memo:
+            _copied(held, memo)  # what Lookahead, SAM and the like step
+    for key, value in vars(optimizer).items():
+        if key.endswith("_hooks"):
+            vars(twin)[key] = type(value)()
+        elif key != "step":  # a scheduler's, that steps the original
+            vars(twin)[key] = copy.deepcopy(value, memo)
     return twin
 
 

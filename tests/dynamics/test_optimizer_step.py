@@ -26,6 +26,34 @@ class Noisy(torch.optim.Optimizer):
         self.history.append(len(self.history))
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Steps another optimizer, and goes back half of the way at every second step."""
+
+    def __init__(self, optimizer):
+        # As found in the wild: without Optimizer.__init__.
+        self.optimizer, self.steps = optimizer, 0
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self.slow = [p.detach().clone() for p in self._parameters()]
+
+    def _parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self):
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for p, slow in zip(self._parameters(), self.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+    def state_dict(self):
+        return {
+            "inner": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "slow": [*self.slow],
+        }
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
@@ -48,6 +76,8 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01, lr_decay=0.1),
     "rprop": lambda p: torch.optim.Rprop(p, 0.01),
     "noisy": lambda p: Noisy(p, 0.01),
+    "lookahead": lambda p: Lookahead(torch.optim.Adam(p, 0.01)),
+    "lookahead_noisy": lambda p: Lookahead(Noisy(p, 0.01)),
 }
 
 
@@ -189,6 +219,34 @@ def test_hooks_are_not_run():
         assert sorted(calls) == ["global", "own"]
     finally:
         handle.remove()
+
+
+def test_the_class_of_a_wrapper_stays_as_it_was():
+    net = network()
+    optimizer = Lookahead(torch.optim.SGD(net.parameters(), 0.1))
+    step = Lookahead.step
+    backward(net)
+    predicted_step(optimizer, net)
+    assert Lookahead.step is step
+    optimizer.step()
+
+
+def test_a_schedule_of_the_optimizer_within_a_wrapper_is_heard_and_left_alone():
+    net = network()
+    inner = torch.optim.SGD(net.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    optimizer = Lookahead(inner)
+    backward(net)
+    optimizer.step()
+    schedule.step()
+    backward(net)
+    before = everything(net, optimizer)
+    found = predicted_step(optimizer, net)
+    assert_same(everything(net, optimizer), before)
+    start = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    for step, p, old in zip(found.values(), net.parameters(), start, strict=True):
+        assert torch.equal(step, p.detach() - old)
 
 
 def test_sparse_gradients():
