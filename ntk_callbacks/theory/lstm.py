@@ -116,7 +116,7 @@ class _Step:
     def at(
         cls, gates: tuple[Gate, Gate, Gate, Gate], square: Tensor, input_square: float
     ) -> "_Step":
-        rules = [gate_nodes(gate, square, input_square) for gate in gates[:3]]
+        rules = [_seen(*gate_nodes(gate, square, input_square)) for gate in gates[:3]]
         (i, i_shares), (f, f_shares), (g, g_shares) = rules
         by_input, by_forget, by_candidate, by_output = (g.sigma_w**2 for g in gates)
         i, f, g = i.sigmoid()[:, None], f.sigmoid(), g.tanh()
@@ -178,6 +178,12 @@ class _Step:
                 cell_by_cell,
             ]
         ).view(2, 2)
+
+
+def _seen(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Without nodes that do not count: their number enters to the third power."""
+    counts = weights > 1e-12
+    return nodes[counts], weights[counts]
 
 
 def _stationary_shares(

@@ -23,6 +23,8 @@ from ntk_callbacks.theory.mean_field import mean_field
 from ntk_callbacks.theory.quadrature import gaussian_nodes
 from ntk_callbacks.theory.roots import bracketed_root
 
+_REACH = 8.0  # standard deviations
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -186,8 +188,7 @@ def gru(
         r = a.sigmoid()
         echo = (candidate.sigma_w**2 * square)[..., None]
         total = candidate.driven(input_square) + r**2 * echo
-        z, density = standard_nodes()
-        s = total.sqrt()[..., None] * z
+        s, density = saturating_nodes(total.sqrt())
         slope = (1 - s.tanh() ** 2) ** 2
         # (W h)² given the sum s: W h is a part of it.
         share = torch.where(total > 0, r * echo / total.clamp(min=1e-300), 0.0)
@@ -230,18 +231,35 @@ class Sigmoid:
         return cls(*((weights * part).sum(-1) for part in parts))
 
 
-def standard_nodes() -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Nodes and weights of a rule for a standard normal z."""
-    return gaussian_nodes(torch.arange(-8.0, 9.0, 2.0, dtype=torch.float64), 12)
+def saturating_nodes(
+    deviation: Float[Tensor, "..."], mean: float = 0.0
+) -> tuple[Float[Tensor, "... m"], Float[Tensor, "... m"]]:
+    """Nodes and weights of a rule for a ~ N(mean, deviation²) in a sigmoid or a tanh.
+
+    Panels end where these turn, too: in a wide gate they are steps, which a rule for
+    the Gaussian alone would miss.
+
+    Args:
+        deviation: Standard deviations, 0 included.
+        mean: Mean of a.
+
+    Returns:
+        Nodes a, and weights that sum to 1.
+    """
+    grid = torch.arange(-_REACH, _REACH + 1, 2.0, dtype=torch.float64)
+    turns = 2.0 ** torch.arange(1.0, 6.0, dtype=torch.float64)
+    turns = torch.cat([-turns.flip(0), turns.new_zeros(1), turns]) - mean
+    cuts = (turns / deviation.clamp(min=1e-300)[..., None]).clamp(-_REACH, _REACH)
+    breaks = torch.cat([grid.expand(*deviation.shape, -1), cuts], -1).sort(-1).values
+    z, weights = gaussian_nodes(breaks, 12)
+    return mean + deviation[..., None] * z, weights
 
 
 def gate_nodes(
     gate: Gate, square: Float[Tensor, "..."], input_square: float
-) -> tuple[Float[Tensor, "... m"], Float[Tensor, " m"]]:
+) -> tuple[Float[Tensor, "... m"], Float[Tensor, "... m"]]:
     """Nodes and weights of a rule for a gate's pre-activation."""
-    z, weights = standard_nodes()
-    deviation = gate.variance(square, input_square).sqrt()
-    return gate.mean + deviation[..., None] * z, weights
+    return saturating_nodes(gate.variance(square, input_square).sqrt(), gate.mean)
 
 
 def stationary_square(

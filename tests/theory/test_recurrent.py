@@ -87,6 +87,88 @@ def test_states_that_die():
     assert torch.allclose(found.blocks, expected, rtol=1e-9)
 
 
+# Wide gates, which turn within a small part of a standard deviation.
+
+
+def grid_mean(function, gate, square, input_square=1.0, points=2**16):
+    """E function(a) over a gate's pre-activation, by the trapezoidal rule."""
+    z = torch.linspace(-9, 9, points, dtype=torch.float64)
+    weights = (-(z**2) / 2).exp()
+    variance = gate.sigma_w**2 * square + gate.sigma_x**2 * input_square
+    a = gate.mean + (variance + gate.sigma_b**2) ** 0.5 * z
+    return ((function(a) * weights).sum() / weights.sum()).item()
+
+
+def sigmoid_slope(a):
+    return (a.sigmoid() * (-a).sigmoid()) ** 2
+
+
+def tanh_slope(a):
+    return (1 - a.tanh() ** 2) ** 2
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+@pytest.mark.parametrize("sigma_w", [8.0, 30.0, 300.0])
+def test_minimal_cells_with_wide_gates(sigma_w, mean):
+    gate = Gate(sigma_w, sigma_x=1.0, sigma_b=0.2, mean=mean)
+    found = minimal_rnn(gate)
+    square = found.square.item()
+    kept = grid_mean(lambda a: a.sigmoid() ** 2, gate, square)
+    replaced = grid_mean(lambda a: (-a).sigmoid() ** 2, gate, square)
+    assert kept * square + replaced == pytest.approx(square, rel=1e-9)
+    stretched = (square + 1) * grid_mean(sigmoid_slope, gate, square)
+    expected = kept + sigma_w**2 * stretched
+    assert found.jacobian.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_gru_cells_with_wide_gates():
+    """Sums on a grid over the pre-activation of r and the candidate given r."""
+    reset, update, candidate = Gate(25.0, 1.0), Gate(25.0, 1.0), Gate(40.0, 0.3, 0.1)
+    found = gru(reset, update, candidate)
+    square = found.square.item()
+    z = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    weights = torch.softmax(-(z**2) / 2, 0)
+    r = ((25**2 * square + 1) ** 0.5 * z).sigmoid()[:, None]
+    echo = 40**2 * square
+    total = 0.3**2 + 0.1**2 + r**2 * echo
+    n = (total.sqrt() * z).tanh()
+    # E (W h)² given the sum, of which it is r times a part.
+    given = echo - (r * echo) ** 2 / total * (1 - z**2)
+    slope = (1 - n**2) ** 2
+    n_square, through, turned = (
+        (weights @ part @ weights).item()
+        for part in (n**2, slope * r**2, slope * given * (r * (1 - r)) ** 2)
+    )
+    kept = grid_mean(lambda a: a.sigmoid() ** 2, update, square)
+    replaced = grid_mean(lambda a: (-a).sigmoid() ** 2, update, square)
+    assert kept * square + replaced * n_square == pytest.approx(square, rel=1e-8)
+    expected = (
+        kept
+        + 25**2 * (square + n_square) * grid_mean(sigmoid_slope, update, square)
+        + replaced * (40**2 * through + 25**2 * turned)
+    )
+    assert found.jacobian.item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_lstm_cells_with_wide_gates():
+    """Factors of the cell's row are independent: means on a grid multiply."""
+    forget, others = Gate(25.0, 1.0, mean=1.5), Gate(25.0, 1.0)
+    found = lstm(others, forget, others, others)
+    square = found.square.item()
+    kept = grid_mean(lambda a: a.sigmoid() ** 2, forget, square)
+    let_in = grid_mean(lambda a: a.sigmoid() ** 2, others, square)
+    g_square = grid_mean(lambda a: a.tanh() ** 2, others, square)
+    cell_square = let_in * g_square / (1 - kept)
+    assert found.cell_square.item() == pytest.approx(cell_square, rel=1e-8)
+    by_hidden = 25**2 * (
+        cell_square * grid_mean(sigmoid_slope, forget, square)
+        + g_square * grid_mean(sigmoid_slope, others, square)
+        + let_in * grid_mean(tanh_slope, others, square)
+    )
+    assert found.blocks[1, 1].item() == pytest.approx(kept, rel=1e-8)
+    assert found.blocks[1, 0].item() == pytest.approx(by_hidden, rel=1e-4)
+
+
 # Torch cells, weights and inputs drawn anew at each step, n = 1000.
 
 
