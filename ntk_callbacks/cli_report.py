@@ -1,6 +1,7 @@
 """`ntk-report`: one HTML page that compares the histories of runs."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,8 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Short names that tell the runs apart: their paths without what is common.
 
+    Runs of one sweep are called by the settings in which they differ.
+
     Args:
         folders: Different folders.
 
@@ -86,8 +89,11 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         ['mlp/08-00/a', 'cnn/08-00/a']
         >>> run_names([Path("out/mlp/08-00")])
         ['08-00']
+        >>> run_names([Path("sweep/0_lr=1,width=8"), Path("sweep/1_lr=1,width=9")])
+        ['width=8', 'width=9']
     """
-    whole = [folder.resolve().parts for folder in folders]
+    # A link is called as its user calls it.
+    whole = [(f.resolve() if ".." in f.parts else f.absolute()).parts for f in folders]
     shared = 0
     while all(len(parts) > shared + 1 for parts in whole) and (
         len({parts[shared] for parts in whole}) == 1
@@ -95,7 +101,12 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         shared += 1
     if len(whole) == 1:
         return [whole[0][-1]]
-    return ["/".join(parts[shared:]) for parts in whole]
+    names = ["/".join(parts[shared:]) for parts in whole]
+    settings = [re.sub(r"^\d+_", "", name).split(",") for name in names]
+    common = set.intersection(*map(set, settings))
+    differing = [",".join(s for s in each if s not in common) for each in settings]
+    distinct = all(differing) and len(set(differing)) == len(names)
+    return differing if distinct and all("=" in name for name in names) else names
 
 
 def _overrides(folder: Path) -> str:

@@ -100,6 +100,28 @@ def test_names_are_different_for_different_folders():
     assert run_names(folders) == ["b", "b/c", "c/c"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["0_a=1,b=2,c=3", "1_a=1,b=9,c=4"], ["b=2,c=3", "b=9,c=4"]),
+        (["0_a=1", "1_a=1,b=2"], ["0_a=1", "1_a=1,b=2"]),  # nothing is left of one
+        (["0_a=1", "1_a=1"], ["0_a=1", "1_a=1"]),
+        (["08-00", "08-01"], ["08-00", "08-01"]),
+    ],
+)
+def test_runs_of_a_sweep_are_called_by_what_differs(folders, names):
+    assert run_names([Path("sweep", folder) for folder in folders]) == names
+
+
+def test_links_are_called_as_the_user_calls_them():
+    for width in (32, 128):
+        link = Path(f"width{width}")
+        link.symlink_to(made(f"sweep/a_very_long_name_{width}").resolve())
+    main(["width32", "width128"])
+    page = Path("report.html").read_text("utf-8")
+    assert names_on(page) == ["width32", "width128"]
+
+
 # The browser.
 
 
