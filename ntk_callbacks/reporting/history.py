@@ -1,8 +1,7 @@
 """What monitors kept of a run, as plain arrays."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ntk_callbacks.reporting.history_file import FOLDER, FORMAT
+from ntk_callbacks.reporting.history_file import FOLDER
+from ntk_callbacks.reporting.history_rows import Row, read_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +28,6 @@ class Series:
 
     steps: NDArray[np.int64]
     values: Any
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    step: int
-    after: int
-    scalars: dict[str, float]
-    file: Path | None
-    vectors: tuple[str, ...]
-    matrices: tuple[str, ...]
 
 
 class RunHistory(Mapping[str, Series]):
@@ -58,7 +48,7 @@ class RunHistory(Mapping[str, Series]):
         self,
         folder: Path,
         conventions: dict[str, dict[str, Any]],
-        rows: list[_Row],
+        rows: list[Row],
     ) -> None:
         self.folder = folder
         self.conventions = conventions
@@ -132,11 +122,29 @@ def load_history(run_dir: str | Path) -> RunHistory:
         (array([ 0, 10]), array([2. , 3.5]))
     """
     folder = _history_folder(Path(run_dir))
+    return history_of(folder, sorted(folder.glob("*.jsonl")))
+
+
+def history_of(folder: Path, files: Iterable[Path]) -> RunHistory:
+    """Read what some monitors of a run kept.
+
+    Args:
+        folder: Where the files lie.
+        files: One for each monitor.
+
+    Returns:
+        As `load_history`.
+
+    Raises:
+        ValueError: As `load_history`.
+    """
     conventions: dict[str, dict[str, Any]] = {}
-    rows: list[_Row] = []
-    for path in sorted(folder.glob("*.jsonl")):
-        found = _monitor_rows(path, conventions)
-        rows += found
+    rows: list[Row] = []
+    for path in files:
+        found = read_rows(path)
+        rows += found.measured
+        if found.conventions is not None:
+            conventions[unquote(path.stem)] = found.conventions
     if not rows:
         raise ValueError(
             f"load_history: no complete measurement in {str(folder)!r}; the run ended "
@@ -187,44 +195,7 @@ def _history_folder(path: Path) -> Path:
     )
 
 
-def _monitor_rows(path: Path, conventions: dict[str, dict[str, Any]]) -> list[_Row]:
-    name = unquote(path.stem)
-    rows: list[_Row] = []
-    for line in path.read_bytes().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # torn: its process was killed while it wrote
-        if not isinstance(entry, dict):
-            continue  # nothing that a monitor wrote
-        if "format" in entry:
-            if entry["format"] > FORMAT:
-                raise ValueError(
-                    f"load_history: {str(path)!r} was written in format "
-                    f"{entry['format']}; this version reads up to {FORMAT}. Update "
-                    "ntk-callbacks."
-                )
-            conventions[name] = entry["conventions"]
-            continue
-        if not entry.keys() >= {"step", "after", "scalars"}:
-            continue
-        rows = [row for row in rows if row.step <= entry["after"]]
-        rows.append(_row(entry, path.parent))
-    return rows
-
-
-def _row(entry: dict[str, Any], folder: Path) -> _Row:
-    return _Row(
-        step=entry["step"],
-        after=entry["after"],
-        scalars={tag: float(value) for tag, value in entry["scalars"].items()},
-        file=folder / entry["tensors"] if "tensors" in entry else None,
-        vectors=tuple(entry.get("vectors", ())),
-        matrices=tuple(entry.get("matrices", ())),
-    )
-
-
-def _tensor(row: _Row, tag: str) -> NDArray[Any]:
+def _tensor(row: Row, tag: str) -> NDArray[Any]:
     assert row.file is not None
     if not row.file.is_file():
         raise FileNotFoundError(

@@ -19,12 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ntk_callbacks.record import Measurement
+from ntk_callbacks.reporting.history_rows import FORMAT
 
 FOLDER = "ntk_history"
 """Name of the folder below that of a run."""
-
-FORMAT = 1
-"""Version of the layout; a reader refuses newer ones."""
 
 Earlier = Sequence[tuple[int, Mapping[str, float]]]
 

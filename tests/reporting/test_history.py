@@ -181,6 +181,20 @@ def test_torn_at_any_byte_it_loads_up_to_the_last_complete_measurement(tmp_path)
         check(load_history(folder), range(complete))
 
 
+def test_tens_of_thousands_of_measurements_are_read_in_seconds():
+    """It took minutes when each line looked at all lines before it."""
+    folder = written([0])
+    with (folder / FOLDER / "ntk.jsonl").open("a") as file:
+        for step in range(1, 40_001):
+            row = {"step": step, "after": step - 1, "scalars": {"ntk/trace": step / 3}}
+            file.write(json.dumps(row) + "\n")
+    begun = time.process_time()
+    trace = load_history(folder)["ntk/trace"]
+    assert time.process_time() - begun < 20
+    assert trace.steps.tolist() == [*range(40_001)]
+    assert trace.values.tolist() == [step / 3 for step in range(40_001)]
+
+
 @pytest.mark.parametrize("torn", [0, 1, 30, -1])
 def test_a_run_goes_on_after_a_torn_line(torn):
     folder = written([0, 1])
@@ -310,7 +324,14 @@ def test_tensor_file_that_is_cut_short():
 
 def test_lines_of_another_kind_are_no_measurements():
     Path("data").mkdir()
-    Path("data", "train.jsonl").write_text('{"text": "a", "step": 3}\n[1]\n')
+    lines = [
+        '{"text": "a", "step": 3}',
+        "[1]",
+        '{"format": "alpaca", "text": "b"}',
+        '{"step": "3", "after": null, "scalars": {}}',
+        '{"step": 3, "after": 0, "scalars": [1]}',
+    ]
+    Path("data", "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="no complete measurement in 'data'"):
         load_history("data")
 
