@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_UNITS = {"kernel_velocity": "1/update", "seconds": "s"}
+_UNITS = {
+    "kernel_velocity": "1/update",
+    "parting_step": "update",
+    "seconds": "s",
+    "subspace_angle": "rad",
+    "twin_parting_step": "update",
+    "xi_": "layers",
+}
 
 
 @dataclass(frozen=True, slots=True)

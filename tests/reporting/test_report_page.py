@@ -18,6 +18,7 @@ from ntk_callbacks.reporting.history_file import FOLDER, HistoryFile
 from ntk_callbacks.reporting.report_axis import number, step_axis, value_axis
 from ntk_callbacks.reporting.report_groups import HEADINGS, grouped, of_a_part
 from ntk_callbacks.reporting.report_meanings import meaning_of, meanings, readme
+from ntk_callbacks.reporting.report_meanings import unit
 from ntk_callbacks.reporting.report_page import report_page
 from ntk_callbacks.reporting.report_plot import Curve, Labels, line_plot
 from ntk_callbacks.reporting.report_style import STYLE
@@ -156,6 +157,19 @@ def test_axes_have_units_and_are_logarithmic_over_two_decades(runs):
     assert "completed optimizer updates" in texts(found["ntk/trace"][0])
     assert any("[1/update]" in t for t in texts(found["ntk/kernel_velocity"][0]))
     assert "×10⁻⁶" in texts(found["params/displacement"][0])
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("ntk/subspace_angle", "rad"),
+        ("linear/twin_parting_step", "update"),
+        ("signal/xi_c", "layers"),
+        ("ntk/subspace_overlap", "no unit"),
+    ],
+)
+def test_units_of_what_has_one(tag, expected):
+    assert unit(tag) == expected
 
 
 def test_what_is_not_finite_leaves_a_gap_that_is_told(runs):
