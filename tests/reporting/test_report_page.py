@@ -17,8 +17,7 @@ from ntk_callbacks.record import Measurement
 from ntk_callbacks.reporting.history_file import FOLDER, HistoryFile
 from ntk_callbacks.reporting.report_axis import number, step_axis, value_axis
 from ntk_callbacks.reporting.report_groups import HEADINGS, grouped, of_a_part
-from ntk_callbacks.reporting.report_meanings import meaning_of, meanings, readme
-from ntk_callbacks.reporting.report_meanings import unit
+from ntk_callbacks.reporting.report_meanings import meaning_of, meanings, readme, unit
 from ntk_callbacks.reporting.report_page import report_page
 from ntk_callbacks.reporting.report_plot import Curve, Labels, line_plot
 from ntk_callbacks.reporting.report_style import STYLE
