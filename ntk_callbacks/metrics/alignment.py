@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from ntk_callbacks.metrics.checks import real, square
 from ntk_callbacks.metrics.magnitude import frobenius_norm, rescaled
 
 
@@ -23,7 +24,7 @@ def cka(
         constant over the examples.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the kernels are not of the same n examples on both sides.
 
     Example:
         >>> cka(torch.eye(3), 2 * torch.eye(3))
@@ -37,14 +38,20 @@ def cka(
             f"cka: the kernels have shapes {tuple(kernel.shape)} and "
             f"{tuple(reference.shape)}; they need the same examples."
         )
-    first, second = rescaled(centered(kernel)), rescaled(centered(reference))
+    first, second = (
+        rescaled(centered(rescaled(square("cka", side))))
+        for side in (kernel, reference)
+    )
     lengths = frobenius_norm(first) * frobenius_norm(second)
     return (first * second).sum() / lengths
 
 
 def centered(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Kernel with the mean over the examples removed on both sides, HKH."""
-    columns = kernel - kernel.mean(0, keepdim=True)
+    # First what all have in common: the means of equal entries leave round-off.
+    rows = kernel - kernel[:1]
+    differences = rows - rows[:, :1]
+    columns = differences - differences.mean(0, keepdim=True)
     return columns - columns.mean(1, keepdim=True)
 
 
@@ -63,7 +70,7 @@ def target_alignment(
         Value in [0, 1]; NaN if all targets are equal.
 
     Raises:
-        ValueError: If the number of targets is not n.
+        ValueError: If the kernel is not n×n, or the number of targets not n.
 
     Example:
         >>> blocks = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
@@ -74,20 +81,25 @@ def target_alignment(
         Baratin et al. 2021, arXiv:2008.00938; Atanasov, Bordelon, Pehlevan 2022,
         arXiv:2111.00034.
     """
-    if len(targets) != len(kernel):
+    kernel = square("target_alignment", kernel)
+    if targets.shape[:1] != kernel.shape[:1]:
         raise ValueError(
-            f"target_alignment: {len(targets)} targets for a kernel of {len(kernel)} "
-            "examples."
+            f"target_alignment: targets of shape {tuple(targets.shape)} for a kernel "
+            f"of {len(kernel)} examples; expected one for each."
         )
-    if targets.is_floating_point():
-        y = targets.reshape(len(targets), -1).to(kernel.dtype)
+    rows = targets.reshape(len(targets), targets[:1].numel())
+    if targets.is_floating_point() or targets.is_complex():
+        y = real("target_alignment", rows)
+        y = y.to(torch.promote_types(y.dtype, kernel.dtype))
+        # Before the product: squares of a large mean leave nothing of what differs.
+        y = y - y[:1]
+        y = rescaled(y - y.mean(0)).to(kernel)
         return cka(kernel, y @ y.mT)
-    classes = targets.reshape(len(targets), -1)
-    same = (classes[:, None] == classes[None]).all(-1)  # Y Yᵀ of one-hot rows
-    return cka(kernel, same.to(kernel.dtype))
+    same = (rows[:, None] == rows[None]).all(-1)  # Y Yᵀ of one-hot rows
+    return cka(kernel, same.to(kernel))
 
 
-def off_diagonal_share(ntk: Float[Tensor, "n n c c"]) -> Float[Tensor, ""]:
+def off_diagonal_share(ntk: Float[Tensor, "n1 n2 c c"]) -> Float[Tensor, ""]:
     """Share of the kernel that couples different outputs.
 
     Σ over k ≠ l of Θ[i, j, k, l]² divided by the sum over all k, l. It is 0 for an
@@ -99,11 +111,19 @@ def off_diagonal_share(ntk: Float[Tensor, "n n c c"]) -> Float[Tensor, ""]:
     Returns:
         Value in [0, 1]; 0 for a single output, NaN if the kernel is zero.
 
+    Raises:
+        ValueError: If the kernel has other axes.
+
     Example:
         >>> off_diagonal_share(torch.eye(2).expand(3, 3, 2, 2))
         tensor(0.)
     """
-    squares = rescaled(ntk).square()
+    if ntk.ndim != 4 or ntk.shape[2] != ntk.shape[3]:
+        raise ValueError(
+            f"off_diagonal_share: a kernel of shape {tuple(ntk.shape)}; expected "
+            '(n1, n2, c, c), with both output axes. Pass one of outputs="full".'
+        )
+    squares = rescaled(real("off_diagonal_share", ntk)).square()
     total = squares.sum()
     # Not total − diagonal: of nearly diagonal kernels that leaves only round-off.
     torch.diagonal(squares, dim1=2, dim2=3).zero_()
@@ -120,14 +140,14 @@ def class_blocks(
 
     Args:
         kernel: Traced kernel, n×n.
-        classes: Class of each example, `(n,)`.
+        classes: Class of each example, `(n,)` or `(n, 1)`.
 
     Returns:
         k×k for the k classes that occur, in ascending order; NaN on the diagonal for a
         class of one example.
 
     Raises:
-        ValueError: If the number of classes is not n.
+        ValueError: If the kernel is not n×n, or the number of classes not n.
 
     Example:
         >>> kernel = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
@@ -138,9 +158,12 @@ def class_blocks(
     References:
         Shan, Bordelon 2021, arXiv:2105.14301 (kernels that specialize to classes).
     """
+    kernel = square("class_blocks", kernel)
     member = _membership("class_blocks", kernel, classes)
-    sums = member.mT @ kernel @ member
-    sums = sums - torch.diag(member.mT @ kernel.diagonal())
+    # Not subtracted from the sums: a large diagonal leaves only round-off.
+    itself = torch.eye(len(kernel), dtype=torch.bool, device=kernel.device)
+    others = kernel.masked_fill(itself, 0)
+    sums = member.mT @ others @ member
     sizes = member.sum(0)
     return sums / (torch.outer(sizes, sizes) - torch.diag(sizes))
 
@@ -155,7 +178,7 @@ def within_between_ratio(
 
     Args:
         kernel: Traced kernel, n×n.
-        classes: Class of each example, `(n,)`.
+        classes: Class of each example, `(n,)` or `(n, 1)`.
 
     Returns:
         1 if the kernel does not know the classes, above if examples of a class share
@@ -163,13 +186,14 @@ def within_between_ratio(
         have one class, or all different ones.
 
     Raises:
-        ValueError: If the number of classes is not n.
+        ValueError: If the kernel is not n×n, or the number of classes not n.
 
     Example:
         >>> kernel = torch.tensor([[9.0, 2.0, 1.0], [2.0, 9.0, 0.0], [1.0, 0.0, 9.0]])
         >>> within_between_ratio(kernel, torch.tensor([0, 0, 5]))
         tensor(4.)
     """
+    kernel = square("within_between_ratio", kernel)
     member = _membership("within_between_ratio", kernel, classes)
     same = member @ member.mT
     other = 1 - same
@@ -180,9 +204,11 @@ def within_between_ratio(
 
 def _membership(who: str, kernel: Tensor, classes: Tensor) -> Tensor:
     """One-hot rows (n, k) over the classes that occur."""
-    if len(classes) != len(kernel):
+    if classes.shape[:1] != kernel.shape[:1] or classes.numel() != len(kernel):
         raise ValueError(
-            f"{who}: {len(classes)} classes for a kernel of {len(kernel)} examples."
+            f"{who}: classes of shape {tuple(classes.shape)} for a kernel of "
+            f"{len(kernel)} examples; expected one for each."
         )
-    found, index = torch.unique(classes.to(kernel.device), return_inverse=True)
+    labels = classes.to(kernel.device).reshape(-1)
+    found, index = torch.unique(labels, return_inverse=True)
     return torch.eye(len(found)).to(kernel)[index]

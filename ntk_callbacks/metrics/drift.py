@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ntk_callbacks._types import Params
 from ntk_callbacks.layout import widened
-from ntk_callbacks.metrics.magnitude import frobenius_norm, power_of_two
+from ntk_callbacks.metrics.checks import real
+from ntk_callbacks.metrics.magnitude import frobenius_norm, power_of_two, rescaled
 
 
 def relative_change(
@@ -22,13 +23,13 @@ def relative_change(
         Value in [0, ∞); infinite or NaN if the reference is zero.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or nothing is in them.
 
     Example:
         >>> relative_change(torch.tensor([3.0]), torch.tensor([2.0]))
         tensor(0.5000)
     """
-    _check_shapes(kernel, reference)
+    kernel, reference = _pair("relative_change", kernel, reference)
     return frobenius_norm(kernel - reference) / frobenius_norm(reference)
 
 
@@ -49,7 +50,7 @@ def kernel_distance(
         if either is zero.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or nothing is in them.
 
     Example:
         >>> kernel_distance(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
@@ -58,8 +59,8 @@ def kernel_distance(
     References:
         Fort et al. 2020, arXiv:2010.15110 (kernel distance S).
     """
-    _check_shapes(kernel, reference)
-    gap = kernel / frobenius_norm(kernel) - reference / frobenius_norm(reference)
+    kernel, reference = _pair("kernel_distance", kernel, reference)
+    gap = _unit(kernel) - _unit(reference)
     return (gap**2).sum() / 2
 
 
@@ -80,13 +81,13 @@ def scale_change(
         grown by half along Θ₀. NaN or infinite if the reference is zero.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or nothing is in them.
 
     Example:
         >>> scale_change(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
         tensor(0.5000)
     """
-    _check_shapes(kernel, reference)
+    kernel, reference = _pair("scale_change", kernel, reference)
     # Of the difference, not of the kernel: 1 would swallow small changes.
     power = power_of_two(reference.flatten())[0]
     change, unit = (kernel - reference) / power, reference / power
@@ -109,13 +110,13 @@ def shape_change(
         Value in [0, ∞); NaN or infinite if the reference is zero.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or nothing is in them.
 
     Example:
         >>> shape_change(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
         tensor(2.)
     """
-    _check_shapes(kernel, reference)
+    kernel, reference = _pair("shape_change", kernel, reference)
     across = kernel - reference - scale_change(kernel, reference) * reference
     return frobenius_norm(across) / frobenius_norm(reference)
 
@@ -131,7 +132,7 @@ def displacement(params: Params, reference: Params) -> Float[Tensor, ""]:
         Value in [0, ∞) in float64; infinite or NaN if θ₀ is zero.
 
     Raises:
-        ValueError: If the names or shapes differ.
+        ValueError: If the names or shapes differ, there are none, or one is complex.
 
     Example:
         >>> displacement({"w": torch.tensor([3.0])}, {"w": torch.tensor([2.0])})
@@ -154,7 +155,7 @@ def cosine_similarity(params: Params, reference: Params) -> Float[Tensor, ""]:
         Value in [−1, 1] in float64; NaN if either is zero.
 
     Raises:
-        ValueError: If the names or shapes differ.
+        ValueError: If the names or shapes differ, there are none, or one is complex.
 
     Example:
         >>> cosine_similarity({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 0.0])})
@@ -190,19 +191,35 @@ def norm(params: Params) -> Float[Tensor, ""]:
     return torch.stack(squares).sum().sqrt()
 
 
-def _check_shapes(kernel: Tensor, reference: Tensor) -> None:
-    if kernel.shape != reference.shape:
+def _unit(kernel: Tensor) -> Tensor:
+    """Θ/‖Θ‖_F, also where ‖Θ‖_F itself would overflow."""
+    kernel = rescaled(kernel)
+    unit: Tensor = kernel / torch.linalg.vector_norm(kernel)
+    return unit
+
+
+def _pair(who: str, kernel: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    if kernel.shape != reference.shape or not kernel.numel():
         raise ValueError(
-            f"the kernel has shape {tuple(kernel.shape)}, the reference "
-            f"{tuple(reference.shape)}; measure both on the same probe and outputs."
+            f"{who}: the kernel has shape {tuple(kernel.shape)}, the reference "
+            f"{tuple(reference.shape)}; expected the same with an entry at least. "
+            "Measure both on the same probe and outputs."
         )
+    return real(who, kernel), real(who, reference)
 
 
 def _check_names(params: Params, reference: Params) -> None:
     if params.keys() != reference.keys():
         differ = sorted(params.keys() ^ reference.keys())
         raise ValueError(f"both need the same parameters; only one has {differ}.")
+    if not params:
+        raise ValueError("there are no weights to compare; expected a tensor at least.")
     for name, value in params.items():
+        if value.is_complex() or reference[name].is_complex():
+            raise ValueError(
+                f"{name!r} is complex; expected real weights. Compare the real and "
+                "imaginary parts, torch.view_as_real(weights)."
+            )
         if value.shape != reference[name].shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(value.shape)}, in the reference "

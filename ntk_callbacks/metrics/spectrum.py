@@ -1,13 +1,15 @@
 """Scalars of a spectrum: eigenvalues λ of a kernel, singular values s of a Jacobian.
 
-All are computed in the dtype given and return a tensor without axes.
+All are computed in the dtype given, half precision in float32.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_callbacks.metrics.magnitude import power_of_two, rescaled
+from ntk_callbacks.layout import widened
+from ntk_callbacks.metrics.checks import not_empty, one_axis, real
+from ntk_callbacks.metrics.magnitude import rescaled
 
 
 def condition_number(
@@ -21,20 +23,21 @@ def condition_number(
             precision ε pass ε, below which λ_min is round-off.
 
     Returns:
-        Value in [1, ∞]: infinite if the smallest counts as zero, NaN if the largest is
+        Value in [1, ∞]: infinite if the smallest counts as zero, NaN if none is above
         zero or a value is NaN.
 
     Raises:
-        ValueError: If `values` is empty.
+        ValueError: If `values` is empty or has more axes than one.
 
     Example:
         >>> condition_number(torch.tensor([4.0, 1.0]))
         tensor(4.)
     """
-    _refuse_empty(values)
+    values = one_axis("condition_number", values)
     largest, smallest = values.max(), values.min()
-    singular = (smallest <= tolerance * largest) & (largest > 0)
-    return torch.where(singular, torch.inf, largest / smallest)
+    singular = smallest <= tolerance * largest
+    ratio = torch.where(singular, torch.inf, largest / smallest)
+    return torch.where(largest <= 0, torch.nan, ratio)
 
 
 def participation_ratio(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
@@ -50,14 +53,13 @@ def participation_ratio(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
         Dimensionless value in [1, r]; NaN if every eigenvalue is zero.
 
     Raises:
-        ValueError: If `eigenvalues` is empty.
+        ValueError: If `eigenvalues` is empty or has more axes than one.
 
     Example:
         >>> participation_ratio(torch.tensor([4.0, 4.0, 0.0]))
         tensor(2.)
     """
-    _refuse_empty(eigenvalues)
-    values = rescaled(eigenvalues)
+    values = rescaled(one_axis("participation_ratio", eigenvalues))
     return values.sum() ** 2 / (values**2).sum()
 
 
@@ -74,7 +76,7 @@ def entropy_rank(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
         Dimensionless value in [1, r]; NaN if every eigenvalue is zero.
 
     Raises:
-        ValueError: If `eigenvalues` is empty.
+        ValueError: If `eigenvalues` is empty or has more axes than one.
 
     Example:
         >>> entropy_rank(torch.tensor([4.0, 4.0, 0.0]))
@@ -83,8 +85,7 @@ def entropy_rank(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, ""]:
     References:
         Roy, Vetterli 2007, "The effective rank", EUSIPCO.
     """
-    _refuse_empty(eigenvalues)
-    shares = eigenvalues.clamp(min=0)
+    shares = rescaled(one_axis("entropy_rank", eigenvalues)).clamp(min=0)
     shares = shares / shares.sum()
     entropy: Tensor = torch.special.entr(shares).sum()
     return entropy.exp()
@@ -105,8 +106,8 @@ def mean_square(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     References:
         Pennington, Schoenholz, Ganguli 2017, arXiv:1711.04735.
     """
-    _refuse_empty(singular_values)
-    return (singular_values**2).mean()
+    values = not_empty("mean_square", real("mean_square", singular_values))
+    return values.square().mean()
 
 
 def log_std(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -117,7 +118,7 @@ def log_std(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
 
     Returns:
         Population standard deviation (divided by the count), in nats; infinite if some
-        but not all values are zero, NaN if all are.
+        but not all values are zero, NaN if all are or one is NaN.
 
     Raises:
         ValueError: If there is no value.
@@ -126,11 +127,13 @@ def log_std(singular_values: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         >>> log_std(torch.tensor([2.0, 2.0]))
         tensor(0.)
     """
-    _refuse_empty(singular_values)
-    zero = singular_values == 0
-    if zero.any() and not zero.all():
-        return singular_values.new_tensor(torch.inf)
-    return singular_values.log().std(correction=0)
+    values = not_empty("log_std", real("log_std", singular_values))
+    zero = values == 0
+    if zero.any() and not (zero.all() or values.isnan().any()):
+        return values.new_tensor(torch.inf)
+    logs = widened(values).log()  # the log of 1e20 has five decimals in float32
+    # The mean of equal numbers is off by round-off; that of their differences is not.
+    return (logs - logs.max()).std(correction=0).to(values)
 
 
 def isometry_gap(singular_values: Float[Tensor, "*n r"]) -> Float[Tensor, "*n"]:
@@ -153,11 +156,7 @@ def isometry_gap(singular_values: Float[Tensor, "*n r"]) -> Float[Tensor, "*n"]:
         >>> isometry_gap(torch.tensor([[1.0, 1.0], [3.0, 1.0]]))
         tensor([0.0000, 0.8000])
     """
-    _refuse_empty(singular_values)
-    squares = (singular_values / power_of_two(singular_values)).square()
+    values = not_empty("isometry_gap", real("isometry_gap", singular_values))
+    # By the largest, not by a power of two: equal values are 1, and so is their mean.
+    squares = (values / values.abs().amax(-1, keepdim=True)).square()
     return (squares / squares.mean(-1, keepdim=True) - 1).abs().amax(-1)
-
-
-def _refuse_empty(values: Tensor) -> None:
-    if values.numel() == 0:
-        raise ValueError("a spectrum needs at least one value, got none.")

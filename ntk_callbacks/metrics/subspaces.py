@@ -5,6 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks.layout import widened
+from ntk_callbacks.metrics.checks import real
+
+_ROUND_OFF = 1e-2  # of squared lengths and inner products in bfloat16
 
 
 def top_directions(matrix: Float[Tensor, "m m"], k: int) -> Float[Tensor, "m k"]:
@@ -19,7 +22,7 @@ def top_directions(matrix: Float[Tensor, "m m"], k: int) -> Float[Tensor, "m k"]
         sign; NaN if the matrix is not finite.
 
     Raises:
-        ValueError: If k is not in 1 … m.
+        ValueError: If the matrix is not m×m, or k not in 1 … m.
 
     Example:
         >>> top_directions(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).abs()
@@ -27,7 +30,12 @@ def top_directions(matrix: Float[Tensor, "m m"], k: int) -> Float[Tensor, "m k"]
                 [1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    wide = widened(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"top_directions: a matrix of shape {tuple(matrix.shape)}; expected "
+            "(m, m). Pass as_matrix(ntk)."
+        )
+    wide = widened(real("top_directions", matrix))
     if not 1 <= k <= len(wide):
         raise ValueError(f"top_directions: k={k}; expected 1 … {len(wide)}.")
     if not wide.isfinite().all():
@@ -52,7 +60,7 @@ def principal_angles(
         Angles in [0, π/2], the smallest first; NaN if an entry is not finite.
 
     Raises:
-        ValueError: If the shapes differ or there are more columns than rows.
+        ValueError: If the shapes differ, or the columns are not orthonormal.
 
     Example:
         >>> turned = torch.tensor([[1.0, 0.0], [0.0, 0.6], [0.0, 0.8]])
@@ -63,11 +71,7 @@ def principal_angles(
         Björck, Golub 1973, "Numerical methods for computing angles between linear
         subspaces".
     """
-    if basis.shape != reference.shape or basis.shape[0] < basis.shape[1]:
-        raise ValueError(
-            f"principal_angles: bases of shapes {tuple(basis.shape)} and "
-            f"{tuple(reference.shape)}; expected the same m×k, k ≤ m."
-        )
+    basis, reference = _bases("principal_angles", basis, reference)
     if not (basis.isfinite().all() and reference.isfinite().all()):
         return basis.new_full((basis.shape[1],), torch.nan)
     inner = reference.mT @ basis
@@ -90,7 +94,7 @@ def subspace_overlap(
         for random ones.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or the columns are not orthonormal.
 
     Example:
         >>> subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
@@ -99,9 +103,26 @@ def subspace_overlap(
     References:
         Gur-Ari, Roberts, Dyer 2018, arXiv:1812.04754 (overlap of top eigenspaces).
     """
-    if basis.shape != reference.shape:
-        raise ValueError(
-            f"subspace_overlap: bases of shapes {tuple(basis.shape)} and "
-            f"{tuple(reference.shape)}; expected the same m×k."
-        )
+    basis, reference = _bases("subspace_overlap", basis, reference)
     return (reference.mT @ basis).square().sum() / basis.shape[1]
+
+
+def _bases(who: str, basis: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype."""
+    shape = tuple(basis.shape)
+    if basis.shape != reference.shape or len(shape) != 2 or shape[0] < shape[1]:
+        raise ValueError(
+            f"{who}: bases of shapes {shape} and {tuple(reference.shape)}; expected "
+            "the same m×k, k ≤ m."
+        )
+    dtype = torch.promote_types(basis.dtype, reference.dtype)
+    pair = real(who, basis.to(dtype)), real(who, reference.to(dtype))
+    for columns in pair:
+        off = (columns.mT @ columns - torch.eye(shape[1]).to(columns)).abs()
+        if (off > _ROUND_OFF).any():
+            raise ValueError(
+                f"{who}: columns that are not orthonormal; VᵀV is off 1 by "
+                f"{off.max():.2g}. Pass an orthonormal basis of what they span, "
+                "torch.linalg.qr(basis).Q."
+            )
+    return pair

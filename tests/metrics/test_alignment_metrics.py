@@ -55,6 +55,19 @@ def test_cka_of_constant_kernels_is_nan():
     assert cka(torch.eye(3) * torch.nan, torch.eye(3)).isnan()
 
 
+@pytest.mark.parametrize("value", [0.3, 0.1, 1e-20, 7e19])
+@pytest.mark.parametrize("n", [3, 7, 24, 61])
+def test_cka_of_constant_float32_kernels_is_not_that_of_round_off(n, value):
+    torch.manual_seed(0)
+    kernel = positive(n).float()
+    constant = torch.full((n, n), value)
+    rows = torch.rand(n).expand(n, n)  # constant on one side
+    for other in (constant, rows, rows.mT):
+        assert cka(kernel, other).isnan()
+    assert target_alignment(kernel, constant[0]).isnan()
+    assert target_alignment(kernel, torch.rand(5).expand(n, 5)).isnan()
+
+
 def test_cka_of_two_shapes():
     # Without the shape checks of this test run, as a user calls it.
     with pytest.raises(ValueError, match=r"\(2, 2\) and \(3, 3\)"):
@@ -93,10 +106,29 @@ def test_target_alignment_of_two_classes_is_that_of_signs():
     assert target_alignment(k, signs > 0) == target_alignment(k, classes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_target_alignment_of_targets_with_a_large_mean(dtype):
+    # Squares of 2000 leave two digits of what differs in a product of float32.
+    torch.manual_seed(0)
+    kernel = positive(40)
+    years = (2000 + 3 * torch.randn(40, 2)).to(dtype)
+    centered = years.double() - years.double().mean(0)
+    expected = cka(kernel, centered @ centered.mT).item()
+    found = target_alignment(kernel.to(dtype), years).item()
+    assert found == pytest.approx(
+        expected, rel=1e-4 if dtype == torch.float32 else 1e-10
+    )
+
+
+def test_target_alignment_without_examples_is_nan():
+    for targets in (torch.zeros(0), torch.zeros(0, 3), torch.zeros(0).long()):
+        assert target_alignment(torch.zeros(0, 0), targets).isnan()
+
+
 def test_target_alignment_edges():
     assert target_alignment(positive(3), torch.zeros(3)).isnan()
     assert target_alignment(positive(3), torch.ones(3).long()).isnan()
-    with pytest.raises(ValueError, match="2 targets for a kernel of 3"):
+    with pytest.raises(ValueError, match=r"shape \(2,\) for a kernel of 3 examples"):
         inspect.unwrap(target_alignment)(positive(3), torch.zeros(2))
 
 
@@ -115,6 +147,14 @@ def test_off_diagonal_share_is_blind_to_scale():
     share = off_diagonal_share(ntk).item()
     assert 0 < share < 1
     assert off_diagonal_share(-7 * ntk).item() == pytest.approx(share, rel=1e-13)
+
+
+def test_off_diagonal_share_of_two_sets_of_examples():
+    ntk = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    squares = ntk.square()
+    coupling = squares[..., 0, 1].sum() + squares[..., 1, 0].sum()
+    expected = (coupling / squares.sum()).item()
+    assert off_diagonal_share(ntk).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_class_blocks_are_means_over_pairs_of_different_examples():
@@ -141,6 +181,20 @@ def test_class_blocks_are_means_over_pairs_of_different_examples():
     assert found == pytest.approx(ratio, rel=1e-12)
 
 
+@pytest.mark.parametrize("function", [class_blocks, within_between_ratio])
+def test_labels_in_a_column_are_the_same_labels(function):
+    kernel, classes = positive(5), torch.tensor([0, 1, 1, 0, 2])
+    expected, found = function(kernel, classes), function(kernel, classes[:, None])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_class_blocks_see_past_a_large_diagonal():
+    kernel = torch.full((4, 4), 0.25) + 1e8 * torch.eye(4)
+    kernel.diagonal()[2:] *= 3
+    blocks = class_blocks(kernel, torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(blocks, torch.full((2, 2), 0.25), rtol=0, atol=0)
+
+
 def test_a_kernel_that_does_not_know_the_classes_has_ratio_one():
     kernel = torch.full((4, 4), 2.0) + 5 * torch.eye(4)
     assert within_between_ratio(kernel, torch.tensor([0, 1, 0, 1])) == 1
@@ -153,5 +207,5 @@ def test_no_ratio_without_pairs_of_both_kinds(classes):
 
 @pytest.mark.parametrize("function", [class_blocks, within_between_ratio])
 def test_one_class_for_each_example(function):
-    with pytest.raises(ValueError, match="2 classes for a kernel of 3 examples"):
+    with pytest.raises(ValueError, match=r"shape \(2,\) for a kernel of 3 examples"):
         function(positive(3), torch.tensor([0, 1]))

@@ -9,6 +9,7 @@ import torch
 
 from ntk_callbacks.metrics import (
     cka,
+    entropy_rank,
     isometry_gap,
     kernel_distance,
     off_diagonal_share,
@@ -23,6 +24,7 @@ CLASSES = torch.tensor([0, 1, 0, 2, 1])
 PAIRS = [cka, kernel_distance, relative_change, scale_change, shape_change]
 ALONE = {
     "target_alignment": lambda kernel: target_alignment(kernel, CLASSES),
+    "entropy_rank": lambda kernel: entropy_rank(kernel.diagonal()),
     "participation_ratio": lambda kernel: participation_ratio(kernel.diagonal()),
     "isometry_gap": lambda kernel: isometry_gap(kernel.diagonal().abs()),
     "off_diagonal_share": lambda kernel: off_diagonal_share(
@@ -62,6 +64,18 @@ def test_half_precision_has_room_for_squares(name):
     expected = ALONE[name](first.double())
     found = ALONE[name](first * 2.0**9)
     assert found.item() == pytest.approx(expected.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("metric", [kernel_distance, cka])
+def test_norms_beyond_float32(metric):
+    ones = torch.ones(5, 5) + torch.eye(5)
+    first, second = ones * 2.0**126, torch.eye(5)  # 2¹²⁷ at most, the norm above 2¹²⁸
+    expected = metric(ones.double(), second.double())
+    assert metric(first, second).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_entropy_rank_of_a_trace_beyond_float32():
+    assert entropy_rank(torch.full((10,), 1e38)).item() == pytest.approx(10, rel=1e-6)
 
 
 def test_couplings_below_the_precision_of_the_whole_are_seen():

@@ -66,6 +66,12 @@ def test_condition_number_of_singular_kernels_is_infinite():
     assert condition_number(spectrum(0, 0)).isnan()
 
 
+def test_condition_number_of_a_kernel_without_a_positive_value_is_none():
+    assert condition_number(spectrum(-1, -4)).isnan()
+    assert condition_number(spectrum(0, -1e-9)).isnan()
+    assert condition_number(spectrum(-1, -4), tolerance=1e-7).isnan()
+
+
 def test_condition_number_counts_values_below_the_tolerance_as_zero():
     values = spectrum(1, 1e-8)
     assert condition_number(values).item() == pytest.approx(1e8)
@@ -95,6 +101,13 @@ def test_entropy_rank_lies_between_participation_ratio_and_count():
         assert 1 <= participation_ratio(values) <= entropy_rank(values) <= 10
 
 
+def test_ranks_of_many_values_in_half_precision():
+    # Their sum is beyond float16, and so are squares of sums of far fewer.
+    for rank in (participation_ratio, entropy_rank):
+        found = rank(torch.ones(70_000, dtype=torch.float16))
+        assert found.item() == pytest.approx(70_000, rel=1e-5)
+
+
 def test_entropy_rank_takes_negative_round_off_for_zero():
     assert entropy_rank(spectrum(4, 4, -1e-12)).item() == pytest.approx(2, rel=1e-14)
 
@@ -122,6 +135,28 @@ def test_isometry_gap_is_the_norm_of_what_is_left_of_the_gram_matrix():
     assert isometry_gap(spectrum(0, 0)).isnan()
     with pytest.raises(ValueError, match="at least one value"):
         isometry_gap(torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize("value", [0.3, 0.1, 7e-20, 3e19])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 24, 100, 1031])
+def test_equal_values_of_float32_are_an_isometry(count, value):
+    values = torch.full((count,), value)
+    assert log_std(values) == 0
+    assert isometry_gap(values) == 0
+    assert (isometry_gap(values.expand(3, count)) == 0).all()
+
+
+def test_log_std_of_nearly_equal_values_keeps_its_digits():
+    expected = math.log1p(2**-20) / 2  # ln s = ± half of the ratio's
+    for power in (-100, -50, 0, 50, 100):
+        values = torch.tensor([1.0, 1 + 2**-20]) * 2.0**power
+        assert log_std(values).item() == pytest.approx(expected, rel=1e-6)
+    far = torch.tensor([1e-37, 1e37])
+    assert log_std(far).item() == pytest.approx(37 * math.log(10), rel=1e-6)
+
+
+def test_log_std_does_not_hide_what_is_no_number():
+    assert log_std(spectrum(0, 1, torch.nan)).isnan()
 
 
 def test_log_std():
