@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ntk_callbacks._types import Params
@@ -34,19 +35,30 @@ def unscaled_gradients(trainer: Any, optimizer: Optimizer, pl_module: Any) -> Pa
     return gradients
 
 
-def skips_step(trainer: Any, gradients: Params) -> bool:
+def skips_step(
+    trainer: Any, pl_module: Any, gradients: Params, differentiated: bool
+) -> bool:
     """Whether a gradient scaler will skip the step.
 
     Args:
         trainer: The trainer.
+        pl_module: Its module.
         gradients: Of the step.
+        differentiated: Whether a loss of the last batch of the step was; a scaler skips
+            steps without one, even where gradients of earlier batches wait for it.
 
     Returns:
         False wherever there is no scaler.
     """
     if not gradient_scaler(trainer):
         return False
-    return not all(bool(g.isfinite().all()) for g in gradients.values())
+    if getattr(pl_module, "automatic_optimization", False) and not differentiated:
+        return True
+    return not all(bool(_entries(g).isfinite().all()) for g in gradients.values())
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def gradient_scaler(trainer: Any) -> Any:

@@ -8,12 +8,14 @@ from torch.optim import Optimizer
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
 from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
+from ntk_callbacks.callbacks.gradients import skips_step
 from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.instrument import chosen_options
 from ntk_callbacks.instruments.kernel import KernelInstrument, NTKOptions
 from ntk_callbacks.instruments.kernel_view import KernelMetric
+from ntk_callbacks.instruments.predicted_update import held_gradients
 
 
 class NTKMonitor(Monitor):
@@ -130,13 +132,19 @@ class NTKMonitor(Monitor):
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer
     ) -> None:
-        """Note the learning rate, if a decay is to be predicted from it."""
+        """Note the learning rate, if a decay is to be predicted from it.
+
+        Of a step that moves nothing too: a gradient scaler skips it, or `training_step`
+        returned no loss.
+        """
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if "residual_modes" in self.instrument.metrics and self._active(trainer):
             # A step after the last one: what was measured there is taken back first.
             self._take_back()
             self.instrument.optimizers = tuple(trainer.optimizers)
-            self.instrument.count_step()
+            gradients = held_gradients(pl_module, optimizer)
+            skipped = skips_step(trainer, pl_module, gradients, self._differentiated)
+            self.instrument.count_step(skipped=skipped or not gradients)
             self.instrument.optimizers = ()
 
     def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:

@@ -125,6 +125,7 @@ class LinearizationMonitor(Monitor):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._training is not None:
             self._training.batch = batch if self._trains_twin(trainer) else None
 
@@ -146,7 +147,8 @@ class LinearizationMonitor(Monitor):
         """Step the twin; the network steps next."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._training is not None and self._trains_twin(trainer):
-            self._try(self._training.step, trainer, pl_module, optimizer)
+            given = trainer, pl_module, optimizer, self._differentiated
+            self._try(self._training.step, *given)
 
     def _trains_twin(self, trainer: Any) -> bool:
         twin = self.instrument.twin

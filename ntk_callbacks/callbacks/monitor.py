@@ -90,7 +90,7 @@ class Monitor(Callback):
         self.when.restart()
         self.failures.restart()
         self._started = self._introduced = False
-        self._restored = False
+        self._restored = self._differentiated = False
         self._last_weights: list[int] | None = None
 
     @property
@@ -151,8 +151,15 @@ class Monitor(Callback):
         publish(trainer, self.history)
         share(trainer, self.history, self.instrument.name)
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """No loss of this batch is differentiated yet; perhaps none will be."""
+        self._differentiated = False
+
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Note the loss, if the schedule asks for it."""
+        self._differentiated = True
         if self._active(trainer):
             self.when.note_loss(self.progress.step + 1, loss)
 

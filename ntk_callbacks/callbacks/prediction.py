@@ -129,7 +129,7 @@ class PredictionMonitor(Monitor):
             refuse_sharded(trainer)
             with isolated_rng():  # copying what an optimizer holds may run any code
                 gradients = unscaled_gradients(trainer, optimizer, pl_module)
-                if skips_step(trainer, gradients):
+                if skips_step(trainer, pl_module, gradients, self._differentiated):
                     gradients = {}
                 self.instrument.predict(
                     pl_module,

@@ -117,13 +117,16 @@ class TwinTraining:
                 "the twin learns something else."
             )
 
-    def step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+    def step(
+        self, trainer: Any, pl_module: Any, optimizer: Optimizer, differentiated: bool
+    ) -> None:
         """Step the twin as the network is about to.
 
         Args:
             trainer: Before the step.
             pl_module: Its module.
             optimizer: About to step.
+            differentiated: As in `skips_step`.
         """
         with isolated_rng():  # clipping in a way of its own may run any code
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -132,7 +135,8 @@ class TwinTraining:
                 for name, gradient in self.twin.gradients.items()
                 if id(pl_module.get_parameter(name)) in held
             }
-            if skips_step(trainer, held_gradients(pl_module, optimizer)):
+            of_network = held_gradients(pl_module, optimizer)
+            if skips_step(trainer, pl_module, of_network, differentiated):
                 self.twin.forget_gradients()
                 return
             gradients = clipped_by_trainer(trainer, pl_module, optimizer, gradients)

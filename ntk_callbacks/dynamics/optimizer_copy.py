@@ -35,9 +35,11 @@ def optimizer_copy(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
 
 
 def _copied(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    # Not by `deepcopy`: optimizers pickle their groups and state alone, though others
-    # keep more than that, and unpickling one wraps the `step` of its class for good,
-    # which breaks wrappers that never called `Optimizer.__init__`.
+    if hasattr(optimizer, "__deepcopy__"):  # it knows best
+        return copy.deepcopy(optimizer, memo)
+    # Else not so: optimizers pickle their groups and state alone, though others keep
+    # more than that, and unpickling one wraps the `step` of its class for good, which
+    # breaks wrappers that never called `Optimizer.__init__`.
     twin: Optimizer = object.__new__(type(optimizer))
     memo[id(optimizer)] = twin
     for held in parts(list(vars(optimizer).values())):

@@ -137,13 +137,17 @@ class KernelInstrument:
             return self._without_matrix(model, self._probe, step)
         return self._with_matrix(model, self._probe, step)
 
-    def count_step(self) -> None:
+    def count_step(self, *, skipped: bool = False) -> None:
         """Note the learning rate of the update that `optimizers` are about to make.
 
         For `residual_modes`, whose predicted decay is then right for rates that change.
         Without it every update since the last measurement counts with the rate now.
+
+        Args:
+            skipped: Whether the update is going to move nothing.
         """
-        self._modes.step(descent_rate(unwrapped(self.optimizers)))
+        rate = 0.0 if skipped else descent_rate(unwrapped(self.optimizers))
+        self._modes.step(rate)
 
     def _with_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
         request = self._request(self._outputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.functional import select_parameters
 from ntk_callbacks.instruments.instrument import tag_name
 from ntk_callbacks.instruments.kernel_stability import descent_rate, trains_just
 from ntk_callbacks.instruments.kernel_view import (
@@ -160,10 +161,12 @@ def _residual_modes(view: KernelView) -> dict[str, Found]:
     if view.source is None or view.loss is None or view.modes is None:
         return {}
     source, rate = view.source, descent_rate(view.source.optimizers)
+    given = source.model, source.request.parameters
     # Θ must be the kernel of what moves: not of a part of it, nor of more.
-    if not trains_just(source.optimizers, source.model, source.request.parameters):
-        rate = None
-    found = view.modes.measured(view.loss, view.ntk, view.steps, rate)
+    of = (
+        [*select_parameters(*given)] if trains_just(source.optimizers, *given) else None
+    )
+    found = view.modes.measured(view.loss, view.ntk, view.steps, rate, of)
     return {f"modes/{end}": value for end, value in found.items()}
 
 

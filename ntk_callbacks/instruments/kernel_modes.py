@@ -26,6 +26,7 @@ class ResidualModes:
 
     def __init__(self) -> None:
         self._start: dict[str, Tensor] | None = None
+        self._of: list[str] | None = None
         self._counted = 0
 
     def step(self, rate: float | None) -> None:
@@ -42,7 +43,12 @@ class ResidualModes:
         self._counted += 1
 
     def measured(
-        self, terms: LossTerms, ntk: Kernel, steps: int, rate: float | None
+        self,
+        terms: LossTerms,
+        ntk: Kernel,
+        steps: int,
+        rate: float | None,
+        of: list[str] | None,
     ) -> dict[str, Tensor]:
         """Residuals and decays since the measurement before.
 
@@ -52,12 +58,16 @@ class ResidualModes:
             steps: Updates since the measurement before.
             rate: η now; that of all of them, if `step` was not called. None if it is
                 not known.
+            of: The parameters of which Θ is the kernel, if they are just those that
+                move; else None.
 
         Returns:
             For each mode k from 1, the largest eigenvalue: `residual/<k>`, |wᵀr|;
             `decay_measured/<k>`, wᵀr over what it was; `decay_predicted/<k>`, the
-            product of 1 − ηsμ over the updates, if the learning rate is known. At the
-            first measurement the modes are those of its own kernel, the decays NaN.
+            product of 1 − ηsμ over the updates, if the learning rate is known and Θ is
+            of what moves; NaN where the kernel before was of others (layers that thaw).
+            At the first measurement the modes are those of its own kernel, the decays
+            NaN.
         """
         now = _modes(terms, ntk)
         residual = terms.residual.reshape(-1).to(now["directions"])
@@ -73,10 +83,12 @@ class ResidualModes:
             predicted = old["left"]
             if not self._counted and rate is not None:
                 predicted = (1 - rate * old["rates"]) ** steps
+            if of != self._of:
+                predicted = torch.full_like(decay, torch.nan)
         self._start = {**now, "along": now["directions"].mT @ residual}
-        self._counted = 0
+        self._of, self._counted = of, 0
         found = {"residual": along.abs(), "decay_measured": decay}
-        if rate is not None:
+        if rate is not None and of is not None:
             found["decay_predicted"] = predicted
         return {
             f"{what}/{k}": value
@@ -88,12 +100,12 @@ class ResidualModes:
         """Modes of the last kernel, the residual in them, and the decay predicted."""
         if self._start is None:
             return None
-        return {**self._start, "counted": self._counted}
+        return {**self._start, "counted": self._counted, "of": self._of}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a state."""
         start = dict(state or {})
-        self._counted = start.pop("counted", 0)
+        self._counted, self._of = start.pop("counted", 0), start.pop("of", None)
         self._start = start or None
 
 

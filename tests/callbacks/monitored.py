@@ -10,6 +10,7 @@ import pytorch_lightning
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -251,6 +252,13 @@ def same(left, right, where=""):
             same(*pair, f"{where}/{index}")
     else:
         assert left == right or (left != left and right != right), where
+
+
+class FloatPrecision(MixedPrecision):
+    """A scaler as for half precision, which products on a CPU need not have."""
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", enabled=False)
 
 
 QUIET = {

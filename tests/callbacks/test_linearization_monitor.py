@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from monitored import (
     Delicate,
+    FloatPrecision,
     Plain,
     Recorder,
     examples,
@@ -173,13 +173,6 @@ def test_twin_follows_clipping_of_the_module_itself():
 
     done = followed(Own)
     same(done.trace()["weights"], run(Own).trace()["weights"])
-
-
-class FloatPrecision(MixedPrecision):
-    """A scaler as for half precision, which products on a CPU need not have."""
-
-    def autocast_context_manager(self):
-        return torch.autocast("cpu", enabled=False)
 
 
 @pytest.mark.parametrize("fused", [False, True])

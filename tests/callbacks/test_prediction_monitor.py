@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from monitored import (
     Delicate,
+    FloatPrecision,
     Plain,
     Recorder,
     fit,
@@ -313,13 +313,6 @@ class Overflowing(Plain):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return loss * (math.inf if self.global_step == 2 else 1.0)
-
-
-class FloatPrecision(MixedPrecision):
-    """A scaler as for half precision, which products on a CPU need not have."""
-
-    def autocast_context_manager(self):
-        return torch.autocast("cpu", enabled=False)
 
 
 @pytest.mark.parametrize("fused", [False, True])
