@@ -67,6 +67,34 @@ def gradient_scaler(trainer: Any) -> Any:
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
+class OneEvaluation:
+    """Refuses optimizers that evaluate the loss again while they step, as SAM does.
+
+    Those that need a closure for it say so; of others it shows only in a run.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] | None = None
+
+    def check(self, trainer: Any, optimizer: Optimizer) -> None:
+        """Note that gradients are complete.
+
+        Args:
+            trainer: Whose count of steps tells one step from the next.
+            optimizer: About to step, or on its way.
+
+        Raises:
+            UnsupportedModelError: If it was told so in this step already.
+        """
+        last, self._last = self._last, (id(trainer), trainer.global_step)
+        if self._last == last:
+            raise UnsupportedModelError(
+                f"{type(optimizer).__name__} evaluates the loss more than once in a "
+                "step, which a gradient alone cannot predict. Expected an optimizer "
+                "that goes by one gradient."
+            )
+
+
 def clipped_by_trainer(
     trainer: Any, pl_module: Any, optimizer: Optimizer, gradients: Params
 ) -> Params:

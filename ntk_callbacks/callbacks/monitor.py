@@ -25,6 +25,7 @@ from ntk_callbacks.callbacks.precautions import (
 )
 from ntk_callbacks.callbacks.probe_source import probe_of
 from ntk_callbacks.callbacks.progress import Progress
+from ntk_callbacks.callbacks.uncounted import UncountedUpdates
 from ntk_callbacks.callbacks.when import When
 from ntk_callbacks.engine.series import share_kernels
 from ntk_callbacks.guard import isolated_rng, quietly
@@ -81,6 +82,7 @@ class Monitor(Callback):
         """What to measure on, or how many training examples to draw."""
         self._settings = " ".join(stable_text(value) for value in settings)
         self.kept = MonitorHistory(instrument, history, keep_matrices)
+        self._uncounted = UncountedUpdates(self._who)
         self._trainer = 0
         self._reset()
 
@@ -89,8 +91,7 @@ class Monitor(Callback):
         self.kept.restart()
         self.when.restart()
         self.failures.restart()
-        self._started = self._introduced = False
-        self._restored = self._differentiated = False
+        self._started = self._introduced = self._restored = self._differentiated = False
         self._last_weights: list[int] | None = None
 
     @property
@@ -133,11 +134,12 @@ class Monitor(Callback):
             self.instrument.load_state_dict(self._pristine)
         self._trainer, self._restored = id(trainer), False
         self.when.start_clock()
+        self._uncounted.begin(trainer, pl_module, _monitors_of(trainer)[:1] == [self])
         missed, owed = self.progress.advance(trainer.global_step), self.progress.owed
         if missed or owed:  # interrupted before our hook behind an update, or in it
             self._take_back()
         if self.progress.measured < 0:
-            self.progress.step = trainer.global_step
+            self.progress.step = self.kept.since = trainer.global_step
             if self.progress.step > 0:
                 rank_zero_warn(
                     f"{self._who}: the checkpoint holds no earlier measurement. "
@@ -192,6 +194,7 @@ class Monitor(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure what the last batch could not know of: early stops, skipped steps."""
+        self._uncounted.end_epoch(trainer, pl_module)
         self._measure_if_due(trainer, pl_module, ends_epoch=True)
         if self.progress.measured != self.progress.step and self._active(trainer):
             self._last_weights = weight_sums(pl_module)
@@ -208,7 +211,8 @@ class Monitor(Callback):
         if missed and weight_sums(pl_module) == self._last_weights:
             self._measure(trainer, pl_module, scheduled=False)
         if self._active(trainer):
-            self.failures.not_taken(self.kept.draw(trainer.loggers), self.progress.step)
+            failures = self.kept.finish(trainer.loggers, self.history)
+            self.failures.not_taken(failures, self.progress.step)
 
     def _measure_if_due(self, trainer: Any, pl_module: Any, ends_epoch: bool) -> None:
         if self.progress.measured == self.progress.step:
@@ -248,7 +252,8 @@ class Monitor(Callback):
         publish(trainer, self.history)
         tag = monitor_tag("seconds", self.instrument.name)
         measurement.scalars[tag] = time.perf_counter() - start
-        self._report(trainer, pl_module, measurement)
+        with isolated_rng():  # loggers that wait and try again draw how long
+            self._report(trainer, pl_module, measurement)
         self.when.spent(time.perf_counter() - start)
 
     def _report(self, trainer: Any, pl_module: Any, measurement: Measurement) -> None:
@@ -260,9 +265,7 @@ class Monitor(Callback):
             self._introduced = True
             own = self.instrument.name
             failures += introduce(measurement.scalars, own, groups, trainer.loggers)
-        failures += self.kept.keep(
-            measurement, trainer, pl_module, self.progress.previous, self.history[:-1]
-        )
+        failures += self.kept.keep(measurement, trainer, pl_module, self.progress)
         self.failures.not_taken(failures, measurement.step)
 
     def _skip(self, trainer: Any, error: Exception) -> None:

@@ -10,6 +10,7 @@ from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.ending import is_last_step
 from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.gradients import (
+    OneEvaluation,
     clipped_by_trainer,
     skips_step,
     unscaled_gradients,
@@ -113,6 +114,7 @@ class PredictionMonitor(Monitor):
     def _reset(self) -> None:
         super()._reset()
         self._failed: Exception | None = None
+        self._evaluation = OneEvaluation()
 
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer
@@ -127,6 +129,7 @@ class PredictionMonitor(Monitor):
         start = time.perf_counter()
         try:
             refuse_sharded(trainer)
+            self._evaluation.check(trainer, optimizer)
             with isolated_rng():  # copying what an optimizer holds may run any code
                 gradients = unscaled_gradients(trainer, optimizer, pl_module)
                 if skips_step(trainer, pl_module, gradients, self._differentiated):

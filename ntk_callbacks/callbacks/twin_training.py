@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ntk_callbacks.callbacks.gradients import (
+    OneEvaluation,
     clipped_by_trainer,
     gradient_scaler,
     skips_step,
@@ -39,6 +40,7 @@ class TwinTraining:
         self.twin = twin
         self.batch: Any = None
         self.loss: Tensor | None = None
+        self._evaluation = OneEvaluation()
 
     @staticmethod
     def check(trainer: Any, pl_module: Any) -> None:
@@ -127,7 +129,11 @@ class TwinTraining:
             pl_module: Its module.
             optimizer: About to step.
             differentiated: As in `skips_step`.
+
+        Raises:
+            UnsupportedModelError: If the optimizer evaluates the loss again.
         """
+        self._evaluation.check(trainer, optimizer)
         with isolated_rng():  # clipping in a way of its own may run any code
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             gradients = {

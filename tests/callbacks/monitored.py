@@ -97,6 +97,25 @@ def smooth_net():
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
+class Ascending(torch.optim.SGD):
+    """As sharpness-aware minimization: by the gradient a small step uphill."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+            held = [p for group in self.param_groups for p in group["params"]]
+            before = [p.clone() for p in held]
+            for p in held:
+                p += 0.05 * p.grad
+            with torch.enable_grad():
+                closure()
+            for p, start in zip(held, before, strict=True):
+                p.copy_(start)
+        return super().step()
+
+
 class Plain(Steps, lightning.pytorch.LightningModule):
     """A network without chance or buffers."""
 

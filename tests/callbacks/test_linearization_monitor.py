@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from monitored import (
+    Ascending,
     Delicate,
     FloatPrecision,
     Plain,
@@ -454,6 +455,11 @@ class Closed(Plain):
         return torch.optim.LBFGS(self.parameters(), 0.1)
 
 
+class Sharp(Plain):
+    def configure_optimizers(self):
+        return Ascending(self.parameters(), 0.1)
+
+
 class Reconstructing(Plain):
     def training_step(self, batch, batch_idx):
         return (self(batch[0]) - batch[0][:, :2]).square().mean()
@@ -481,6 +487,7 @@ def triples():
     [
         (Manual, {}, "Manual optimizes manually"),
         (Closed, {}, r"LBFGS.*without a closure"),
+        (Sharp, {}, "Ascending evaluates the loss more than once"),
         (Reconstructing, {"train": unlabeled}, "cannot tell the targets"),
         (Unknown, {"train": triples}, "cannot tell inputs from targets"),
     ],

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from monitored import (
+    Ascending,
     Delicate,
     FloatPrecision,
     Plain,
@@ -502,6 +503,32 @@ def test_random_outputs_are_refused():
             return self.net(x + torch.randn_like(x))
 
     stepped_aside(Noisy, "draws random numbers")
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_optimizers_that_evaluate_the_loss_again_are_refused(manual):
+    class Closed(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch, batch_idx):
+            def closure():
+                optimizer.zero_grad()
+                loss = cross_entropy(self(batch[0]), batch[1])
+                self.manual_backward(loss)
+                return loss
+
+            if not manual:
+                return super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            optimizer.step(closure=closure)
+            return None
+
+    stepped_aside(
+        trained_with(lambda m: Ascending(m.parameters(), 0.1), Closed),
+        "Ascending evaluates the loss more than once",
+    )
 
 
 def test_failing_prediction_is_tried_again_then_given_up():

@@ -197,6 +197,31 @@ def test_batches_without_an_update(skip, schedule, expected):
     assert steps_of(schedule, model) == expected
 
 
+class Bypassing(Plain):
+    """Steps the optimizer inside that of Lightning, which does not count this."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        optimizer = self.optimizers().optimizer
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self(x), y))
+        optimizer.step()
+
+
+def test_updates_that_are_not_counted_are_told_of_once():
+    monitors = [drift("epoch"), NTKMonitor(4, 2, history=False)]
+    with pytest.warns(UserWarning, match="stands still at 0, so that") as caught:
+        run = fit(Bypassing(), monitors, max_epochs=3)
+    (text,) = {str(w.message) for w in caught if "global_step" in str(w.message)}
+    assert text.startswith("ParameterDriftMonitor: the weights change, but")
+    assert "Bypassing optimizes manually" in text
+    assert [*run.recorder.measured()] == [0]
+
+
 class Skipping(Plain):
     """Returns None where there is nothing to learn from."""
 
