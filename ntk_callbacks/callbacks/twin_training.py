@@ -86,8 +86,10 @@ class TwinTraining:
 
         Raises:
             ProbeError: If inputs and targets of the batch cannot be told.
-            UnsupportedModelError: If its loss is not known, or there can be no twin.
+            UnsupportedModelError: If its loss is not known, there can be no twin, or
+                the parameters are no longer those of θ₀.
         """
+        point.refuse_others(dict(pl_module.named_parameters()))
         (optimizer,) = trainer.optimizers
         starts = self.twin.parameters is None
         if not self.twin.expanded:

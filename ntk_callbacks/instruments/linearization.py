@@ -147,10 +147,10 @@ class LinearizationInstrument:
 
         Raises:
             RuntimeError: If `start` was not called.
-            ValueError: If `loss_fn` returns something else than one number, or the
-                parameters are not those of the first measurement.
+            ValueError: If `loss_fn` returns something else than one number.
             ProbeError: If a label is not among the outputs.
-            UnsupportedModelError: If J has no products on this model.
+            UnsupportedModelError: If J has no products on this model, or its parameters
+                are not those of the first measurement.
             MemoryBudgetError: If one of them does not fit.
         """
         probe = self._probe

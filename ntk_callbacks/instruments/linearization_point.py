@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntk_callbacks._types import Params
+from ntk_callbacks.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,22 +52,33 @@ class LinearizationPoint:
             A tensor for every parameter.
 
         Raises:
-            ValueError: If parameters came, went, or changed their shape.
+            UnsupportedModelError: If parameters came, went, or changed their shape.
+        """
+        self.refuse_others(named)
+        return {
+            name: _wide(p.detach()) - _wide(self.parameters[name].to(p.device))
+            for name, p in named.items()
+        }
+
+    def refuse_others(self, named: Mapping[str, Tensor]) -> None:
+        """See to it that the parameters are still those of θ₀.
+
+        Args:
+            named: θ.
+
+        Raises:
+            UnsupportedModelError: If parameters came, went, or changed their shape.
         """
         other = {
             *(named.keys() ^ self.parameters.keys()),
             *(n for n, p in self.parameters.items() if _shape(named, n) != p.shape),
         }
         if other:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"LinearizationMonitor: the parameters {sorted(other)[:8]} are not "
                 "those of the first measurement, around which the network is "
                 "linearized. Start a new run."
             )
-        return {
-            name: _wide(p.detach()) - _wide(self.parameters[name].to(p.device))
-            for name, p in named.items()
-        }
 
     def put_into(self, model: nn.Module) -> None:
         """Bring a model back to θ₀, in place.

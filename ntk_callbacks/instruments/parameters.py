@@ -1,5 +1,6 @@
 """How far the weights have traveled from where they started."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from ntk_callbacks import metrics
 from ntk_callbacks._types import ParameterFilter, Params
 from ntk_callbacks.engine.arguments import check_selection
+from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.functional import select_parameters
 from ntk_callbacks.instruments.instrument import checked_name, numbers, tag_name
 from ntk_callbacks.metrics.drift import distance, norm
@@ -41,6 +43,7 @@ class ParameterDriftInstrument:
         self._reference: Params = {}
         self._previous: Params = {}
         self._path = 0.0
+        self._told = False
 
     def start(self, probe: Probe) -> None:
         """Weights are measured without inputs."""
@@ -58,16 +61,17 @@ class ParameterDriftInstrument:
             the true path; cosine of the angle between θₜ and θ₀.
 
         Raises:
-            ValueError: If parameters of the first measurement are gone.
+            UnsupportedModelError: If parameters of the first measurement are gone.
         """
         named = dict(model.named_parameters())
         names = list(self._reference) or select_parameters(model, self.parameters)
         gone = [name for name in names if name not in named]
         if gone:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"ParameterDriftMonitor: the model no longer has {gone}, which it had "
                 "at the first measurement. Start a new run."
             )
+        self._tell_of_others(model, names)
         now = {name: named[name].detach().clone() for name in names}
         reference = _beside(self._reference, now) if self._reference else now
         previous = _beside(self._previous, now) if self._previous else now
@@ -90,6 +94,25 @@ class ParameterDriftInstrument:
             }
         self._reference, self._previous, self._path = reference, now, path
         return Measurement(step, scalars=numbers(found))
+
+    def _tell_of_others(self, model: nn.Module, names: list[str]) -> None:
+        """Warn once of layers that thaw, or are added, later: nobody measures them."""
+        if self._told or callable(self.parameters):
+            return
+        try:
+            others = sorted({*select_parameters(model, self.parameters)} - {*names})
+        except ValueError:  # all of them are frozen now
+            return
+        if others:
+            self._told = True
+            warnings.warn(
+                f"ParameterDriftMonitor: {len(others)} parameters that were frozen or "
+                f"not there at the first measurement are trained now ({others[0]}, "
+                f"…), but {self.name}/… stay about the {len(names)} that were trained "
+                "then. Pass parameters=lambda name, parameter: True to measure frozen "
+                "ones from the start.",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """θ₀, the previous weights and the path so far: two copies of the weights."""

@@ -216,6 +216,24 @@ def test_layers_thaw_on_the_way():
     followed(Thawing)
 
 
+def test_layers_that_are_added_on_the_way_turn_it_off_at_once():
+    class Growing(Linear):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net = nn.Sequential(self.net, nn.Linear(2, 2))
+                (optimizer,) = self.trainer.optimizers
+                optimizer.add_param_group({"params": [*self.net[1].parameters()]})
+
+    used = LinearizationMonitor(held_out(), 2, twin=True)
+    with pytest.warns(UserWarning, match="not those of the first") as caught:
+        run(Growing, [used])
+    texts = [str(w.message) for w in caught if "those of the first" in str(w.message)]
+    assert ["the rest of this run" in text for text in texts] == [True, True]
+    assert ["linearized twin is off" in text for text in texts] == [True, False]
+    assert all("net.1.weight" in text for text in texts)
+    assert [*rows(used)] == [0, 2, 4]
+
+
 class Mapped(Linear):
     """Batches by name, a model called by keyword, and a loss of its own."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.instruments.instrument import tag_name
 from ntk_callbacks.instruments.parameters import ParameterDriftInstrument
 
@@ -186,10 +187,33 @@ def test_small_steps_of_half_precision_weights_are_seen():
     assert instrument.measure(net, 1).scalars["params/displacement"] > 1e-5
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", ["thaws", "is added", "was asked for", "freezes"])
+def test_what_trains_only_later_is_told_of_once(what):
+    net = network()
+    net[0].requires_grad_(what == "freezes")
+    every = (lambda name, p: True) if what == "was asked for" else None
+    instrument = ParameterDriftInstrument(parameters=every, per_tensor=False)
+    instrument.measure(net, 0)
+    if what == "is added":
+        net.append(nn.Linear(2, 2))
+    net[0].requires_grad_(what in ("thaws", "was asked for"))
+    if what in ("thaws", "is added"):
+        first = "0.weight" if what == "thaws" else "3.weight"
+        told = f"2 parameters that were frozen or.*{first[:1]}.bias.*about the 2 that"
+        with pytest.warns(UserWarning, match=told):
+            instrument.measure(net, 1)
+    instrument.measure(net, 2)
+    net.requires_grad_(False)
+    instrument.measure(net, 3)
+
+
 def test_parameter_that_is_gone():
     net, instrument = network(), ParameterDriftInstrument()
     instrument.measure(net, 0)
-    with pytest.raises(ValueError, match=r"no longer has \['2.weight', '2.bias'\]"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"no longer has \['2.weight', '2.bias'\]"
+    ):
         instrument.measure(net[:2], 1)
 
 

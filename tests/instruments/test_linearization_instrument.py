@@ -543,7 +543,7 @@ def test_other_probes_and_other_parameters_are_refused():
     with pytest.raises(ProbeMismatchError, match="other examples"):
         instrument.start(Probe(inputs(5, 8), LABELS))
     net.append(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"3\.bias.*not those of the first"):
+    with pytest.raises(UnsupportedModelError, match=r"3\.bias.*not those of the first"):
         instrument.measure(net, 1)
 
 
