@@ -42,8 +42,9 @@ def optimizer_scaling(
         parameters that the optimizer does not hold or has never moved.
 
     Raises:
-        ValueError: If the optimizer is another one, or adapts to gradients and has seen
-            none.
+        ValueError: If the optimizer is another one, adapts to gradients and has seen
+            none, or climbs (`maximize=True`), where a kernel J Λ Jᵀ ≥ 0 would foretell
+            the opposite.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
@@ -65,6 +66,7 @@ def optimizer_scaling(
     names = select_parameters(model, parameters)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     named = {name: model.get_parameter(name) for name in names}
+    _refuse_climbing(optimizer, named, groups)
     if gradients is None:
         states = {n: optimizer.state.get(p, {}) for n, p in named.items()}
     else:
@@ -79,6 +81,20 @@ def optimizer_scaling(
         name: rule(groups[id(p)], states.get(name, {})) if id(p) in groups else 0.0
         for name, p in named.items()
     }
+
+
+def _refuse_climbing(
+    optimizer: Optimizer,
+    named: Mapping[str, nn.Parameter],
+    groups: Mapping[int, dict[str, Any]],
+) -> None:
+    for name, parameter in named.items():
+        if groups.get(id(parameter), {}).get("maximize"):
+            raise ValueError(
+                f"optimizer_scaling: {type(optimizer).__name__} climbs, maximize=True "
+                f"for {name!r}: a step is +Λ ∂L/∂θ, and no Λ ≥ 0 is its scaling. "
+                "Minimize −L, or take its next step from `predicted_step`."
+            )
 
 
 def _sgd(group: dict[str, Any], _: dict[str, Any]) -> float:

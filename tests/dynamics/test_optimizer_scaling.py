@@ -108,3 +108,19 @@ def test_other_optimizers_are_refused_by_name():
     net = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="no rule for Rprop, only for SGD, Adam"):
         optimizer_scaling(torch.optim.Rprop(net.parameters()), net)
+
+
+def test_climbing_is_refused_where_it_is_measured():
+    """Δθ = −Λ ∂L/∂θ would have the wrong sign."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(
+        [
+            {"params": net[0].parameters()},
+            {"params": net[1].parameters(), "maximize": True},
+        ],
+        lr=0.1,
+    )
+    with pytest.raises(ValueError, match=r"climbs, maximize=True for '1\.weight'"):
+        optimizer_scaling(optimizer, net)
+    found = optimizer_scaling(optimizer, net, parameters="^0")
+    assert found == {"0.weight": 0.1, "0.bias": 0.1}
