@@ -117,7 +117,7 @@ def clipped_by_trainer(
     if not getattr(pl_module, "automatic_optimization", False):
         return gradients
     limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    if not _clips_itself(pl_module):
+    if not overrides(pl_module, _CLIPPING):
         if not limit:
             return gradients
         return clipped_gradients(
@@ -142,8 +142,16 @@ def clipped_by_trainer(
         }
 
 
-def _clips_itself(pl_module: Any) -> bool:
-    """Whether the module overrides how Lightning clips, in either namespace."""
-    return getattr(type(pl_module), _CLIPPING) not in [
-        getattr(kind, _CLIPPING) for kind in module_classes()
+def overrides(pl_module: Any, hook: str) -> bool:
+    """Whether a module does this in its own way, in either namespace.
+
+    Args:
+        pl_module: The module.
+        hook: A method that every LightningModule has.
+
+    Returns:
+        False if it is Lightning's.
+    """
+    return getattr(type(pl_module), hook) not in [
+        getattr(kind, hook) for kind in module_classes()
     ]

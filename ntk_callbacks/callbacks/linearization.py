@@ -141,6 +141,13 @@ class LinearizationMonitor(Monitor):
             point = self.instrument.point
             self._try(self._training.accumulate, trainer, pl_module, point)
 
+    def on_before_zero_grad(
+        self, trainer: Any, pl_module: Any, optimizer: Optimizer
+    ) -> None:
+        """Forget with the network the gradients of batches that made no step."""
+        if self._training is not None and self._trains_twin(trainer):
+            self._try(self._training.forget, pl_module)
+
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer
     ) -> None:

@@ -10,6 +10,7 @@ from ntk_callbacks.callbacks.gradients import (
     OneEvaluation,
     clipped_by_trainer,
     gradient_scaler,
+    overrides,
     skips_step,
 )
 from ntk_callbacks.callbacks.namespaces import rank_zero_warn
@@ -73,6 +74,15 @@ class TwinTraining:
                 "linearized twin trains on one and sees its batches alone. Train on "
                 "one process to compare."
             )
+
+    def forget(self, pl_module: Any) -> None:
+        """The gradients of the network are about to be set to zero.
+
+        Args:
+            pl_module: The network, which may do that in its own way at other times.
+        """
+        if not overrides(pl_module, "optimizer_zero_grad"):
+            self.twin.forget_gradients()
 
     def accumulate(
         self, trainer: Any, pl_module: Any, point: LinearizationPoint

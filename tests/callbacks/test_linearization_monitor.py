@@ -198,6 +198,34 @@ def test_batches_without_a_loss_are_left_out():
     followed(Skipping)
 
 
+def test_gradients_that_make_no_step_are_forgotten():
+    class Alternating(Linear):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx % 2 == 0:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    followed(Alternating)
+
+
+def test_modules_that_forget_gradients_themselves():
+    class Own(Linear):
+        """Adds up the gradients of two batches, without Lightning's knowledge."""
+
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            pass
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx % 2 == 0:
+                optimizer.step(closure=optimizer_closure)
+                optimizer.zero_grad()
+            else:
+                optimizer_closure()
+
+    followed(Own)
+
+
 def test_layers_thaw_on_the_way():
     class Thawing(Linear):
         def __init__(self):
