@@ -88,8 +88,10 @@ class Failures:
             if name in self._complained:
                 continue
             self._complained.add(name)
+            notes = "".join(f" {note}" for note in getattr(error, "__notes__", []))
             rank_zero_warn(
                 f"{self.who}: {name} did not take the measurement of step {step} "
-                f"({type(error).__name__}: {error}). Other loggers got it, and "
-                "training goes on. If it fails again, nothing more is said."
+                f"({type(error).__name__}: {error}).{notes} Other loggers got it, the "
+                "monitor has it in memory, and training goes on. If it fails again, "
+                "nothing more is said."
             )

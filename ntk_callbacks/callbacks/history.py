@@ -7,16 +7,20 @@ from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.callbacks.precautions import stable_text
+from ntk_callbacks.callbacks.progress import Progress
+from ntk_callbacks.guard import isolated_rng
 from ntk_callbacks.instruments.instrument import Instrument
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
-from ntk_callbacks.reporting.history import load_history
+from ntk_callbacks.reporting.history import history_of
 from ntk_callbacks.reporting.history_file import FOLDER, HistoryFile
 from ntk_callbacks.reporting.over_time import LOGARITHMS, draw_over_time
 
@@ -40,9 +44,11 @@ class MonitorHistory:
     """
 
     def __init__(self, instrument: Instrument, target: History, matrices: bool) -> None:
-        if not isinstance(target, bool | str | PathLike) or target == "":
+        known = isinstance(target, bool | str | PathLike)
+        if not known or target == "" or "://" in str(target):
             raise ValueError(
-                f"history={target!r}; expected True, False, or the path of a folder."
+                f"history={target!r}; expected True, False, or the path of a folder on "
+                "this machine."
             )
         self.instrument = instrument
         self.target = target
@@ -52,8 +58,11 @@ class MonitorHistory:
 
     def restart(self) -> None:
         """Another run begins, or one goes on from a checkpoint."""
+        self.since = 0
+        """Step before which nothing of this run was measured; what a file holds of
+        earlier ones is kept."""
         self._file: HistoryFile | None = None
-        self._off = False
+        self._failed = False
         self._spectra: list[str] = []
 
     def keep(
@@ -61,24 +70,22 @@ class MonitorHistory:
         measurement: Measurement,
         trainer: Any,
         pl_module: nn.Module,
-        after: int,
-        earlier: Sequence[tuple[int, dict[str, float]]],
+        progress: Progress,
     ) -> list[tuple[str, Exception]]:
-        """Append a measurement, unless an earlier one could not be written.
+        """Append a measurement, and what earlier attempts could not write.
 
         Args:
             measurement: What to keep.
             trainer: Says where the run lies.
             pl_module: What was measured.
-            after: Step of the previous measurement, -1 if there is none.
-            earlier: What the monitor remembers of earlier measurements.
+            progress: Of the monitor; remembers this measurement and those before.
 
         Returns:
             Empty, or which file failed and why.
         """
-        if self._off:
-            return []
         folder: Path | None = None
+        earlier = progress.history[:-1]
+        after = progress.previous if earlier else self.since - 1
         try:
             folder = run_folder(trainer, self.target)
             if folder is None:
@@ -86,32 +93,64 @@ class MonitorHistory:
             if self._file is None or self._file.folder != folder / FOLDER:
                 name = self.instrument.name
                 self._file = HistoryFile(folder / FOLDER, name, self.matrices)
+                if not (earlier or self.since):
+                    self._tell_of_another_run(trainer)
             if self._file.conventions is None:
                 meaning = conventions(self.instrument, self.probe, pl_module)
                 self._file.conventions = meaning
             self._file.append(measurement, after, earlier)
-            self._spectra = [t for t in measurement.vectors if t.endswith(LOGARITHMS)]
         except Exception as error:  # a full disk, a read-only folder, an odd logger
-            self._off = True
+            self._failed = True
+            error.add_note(
+                "Its numbers are written with the next measurement or at the end of "
+                "the run, if that is possible by then; history=<folder> chooses "
+                "another place."
+            )
             return [(f"the history in {folder}", error)]
+        self._failed = False
+        self._spectra = [t for t in measurement.vectors if t.endswith(LOGARITHMS)]
         return []
 
-    def draw(self, loggers: Iterable[Any]) -> list[tuple[str, Exception]]:
-        """Log images of what was kept, when a run ends: spectra over the steps.
+    def finish(
+        self, loggers: Iterable[Any], measured: Sequence[tuple[int, dict[str, float]]]
+    ) -> list[tuple[str, Exception]]:
+        """When a run ends: write what is missing, log images of spectra over the steps.
 
         Args:
             loggers: Those of the trainer.
+            measured: What the monitor remembers.
 
         Returns:
             Empty, or what failed and why.
         """
-        if self._file is None or self._off or not self._spectra:
+        if self._file is None:
             return []
         try:
-            history = load_history(self._file.folder)
-            return draw_over_time(history, self._spectra, loggers)
-        except Exception as error:  # a folder that was moved or altered meanwhile
-            return [(f"the history in {self._file.folder}", error)]
+            if self._failed:
+                self._file.catch_up(measured)
+            if not self._spectra:
+                return []
+            history = history_of(self._file.folder, [self._file.path])
+            with isolated_rng():  # loggers that wait and try again draw how long
+                return draw_over_time(history, self._spectra, loggers)
+        except Exception as error:  # the disk again, or a folder that was altered
+            return [(f"the history in {self._file.folder.parent}", error)]
+
+    def _tell_of_another_run(self, trainer: Any) -> None:
+        """Once for all monitors that write there."""
+        assert self._file is not None
+        kept = [getattr(callback, "kept", None) for callback in trainer.callbacks]
+        beside = [k for k in kept if isinstance(k, MonitorHistory)]
+        if next(k for k in beside if k.target == self.target) is not self:
+            return
+        if found := sorted(p.stem for p in self._file.folder.glob("*.jsonl")):
+            rank_zero_warn(
+                f"{self._file.folder} holds the measurements of another run "
+                f"({', '.join(map(unquote, found))}). Those of monitors with the same "
+                "names are superseded; load_history reads the others as if they were "
+                "of this run. Give each run a folder of its own: a new version of the "
+                "logger, another default_root_dir, or history=<folder>."
+            )
 
 
 def run_folder(trainer: Any, target: History = True) -> Path | None:
@@ -127,9 +166,13 @@ def run_folder(trainer: Any, target: History = True) -> Path | None:
     if target is False or trainer.fast_dev_run:
         return None
     if target is not True:
-        return Path(target).absolute()
+        return Path(target).expanduser().absolute()
     for logger in trainer.loggers:
-        if (folder := _logger_folder(logger)) is not None:
+        try:
+            folder = _logger_folder(logger)
+        except Exception:  # its server does not answer; the next one may have a folder
+            continue
+        if folder is not None:
             return folder
     root = Path(str(trainer.default_root_dir)).absolute()
     remote = "://" in str(trainer.default_root_dir)

@@ -121,7 +121,7 @@ def load_history(run_dir: str | Path) -> RunHistory:
         >>> history["ntk/trace"].steps, history["ntk/trace"].values
         (array([ 0, 10]), array([2. , 3.5]))
     """
-    folder = _history_folder(Path(run_dir))
+    folder = _history_folder(Path(run_dir).expanduser())
     return history_of(folder, sorted(folder.glob("*.jsonl")))
 
 
