@@ -1,8 +1,10 @@
 """What TensorBoard is told once of a run: how to lay it out, what its curves mean."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from ntk_callbacks.reporting.loggers import attempted, named
 from ntk_callbacks.reporting.report_groups import of_a_part
 from ntk_callbacks.reporting.report_meanings import meaning_of, meanings, readme
 from ntk_callbacks.reporting.scalar_layout import scalar_layout
@@ -23,17 +25,20 @@ def introduce(
     Returns:
         Name of each logger that raised, and what it raised.
     """
-    failures = []
+    failures: list[tuple[str, Exception]] = []
     text = curves_explained(tags)
-    for logger in loggers:
+    for name, logger in named(loggers):
+        calls: list[Callable[[], object]] = []
         try:
             writer: Any = getattr(logger, "experiment", None)
             if groups and hasattr(writer, "add_custom_scalars"):
-                writer.add_custom_scalars(scalar_layout(groups))
+                layout = scalar_layout(groups)
+                calls.append(partial(writer.add_custom_scalars, layout))
             if text and hasattr(writer, "add_text"):
-                writer.add_text(f"{group}/curves", text, 0)
+                calls.append(partial(writer.add_text, f"{group}/curves", text, 0))
         except Exception as error:  # a logger may raise anything; the others go on
-            failures.append((type(logger).__name__, error))
+            failures.append((name, error))
+        failures += [(name, error) for error in attempted(calls)]
     return failures
 
 

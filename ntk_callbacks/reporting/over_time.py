@@ -5,6 +5,7 @@ with the same image.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ntk_callbacks.reporting.density import Density, spectral_densities
 from ntk_callbacks.reporting.history import RunHistory
 from ntk_callbacks.reporting.image_text import write
 from ntk_callbacks.reporting.images import heat_map
+from ntk_callbacks.reporting.loggers import attempted, named
 from ntk_callbacks.reporting.report_axis import Axis
 
 LOGARITHMS = "_log10"
@@ -35,12 +37,14 @@ def draw_over_time(
     Returns:
         Name of each logger that raised, and what it raised.
     """
-    writers = {
-        type(logger).__name__: logger.experiment
-        for logger in loggers
-        if hasattr(getattr(logger, "experiment", None), "add_image")
-    }
     failures: list[tuple[str, Exception]] = []
+    writers = []
+    for name, logger in named(loggers):
+        try:
+            writer: Any = getattr(logger, "experiment", None)
+            writers += [(name, writer)] if hasattr(writer, "add_image") else []
+        except Exception as error:  # a logger may raise anything; the others go on
+            failures.append((name, error))
     for tag in tags if writers else ():
         series = history[tag]
         try:
@@ -48,11 +52,9 @@ def draw_over_time(
         except ValueError:
             continue
         image, step = density_image(density), int(series.steps[-1])
-        for name, writer in writers.items():
-            try:
-                writer.add_image(f"{tag}_over_time", image, step)
-            except Exception as error:  # a logger may raise anything
-                failures.append((name, error))
+        for name, writer in writers:
+            draw = partial(writer.add_image, f"{tag}_over_time", image, step)
+            failures += [(name, error) for error in attempted([draw])]
     return failures
 
 

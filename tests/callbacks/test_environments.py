@@ -1,12 +1,14 @@
 """Monitors in all that a Trainer is made of: namespaces, loggers, precision, copies."""
 
 import csv
+import random
 import re
 import tomllib
 import warnings
 from pathlib import Path
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -19,6 +21,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from monitored import (
+    PREFIXES,
+    Delicate,
     OtherPlain,
     Plain,
     Recorder,
@@ -190,6 +194,37 @@ def test_logger_that_raises():
     assert not refusing.measured()
     seeded()
     same(run.model.state_dict(), fit(Plain()).model.state_dict())
+
+
+def test_logger_that_draws_random_numbers(tmp_path):
+    """As those that wait a random time before they try again."""
+
+    class Retrying(Recorder):
+        @property
+        def experiment(self):
+            return self
+
+        def log_metrics(self, metrics, step):
+            if any(tag.startswith(PREFIXES) for tag in metrics):
+                self.wait()
+            super().log_metrics(metrics, step)
+
+        def wait(self, *_, **__):
+            random.random()
+            np.random.rand()  # noqa: NPY002
+            torch.rand(3)
+
+        add_histogram = add_image = add_text = add_custom_scalars = wait
+
+    seeded()
+    logger = Retrying()
+    monitors = [NTKMonitor(4, 2, on_error="raise", history=str(tmp_path))]
+    run = fit(Delicate(), monitors, logger=logger, val=loader(3))
+    assert [*logger.measured()] == [0, 2, 4, 6, 8]
+    seeded()
+    bare = fit(Delicate(), val=loader(3))
+    same(run.model.state_dict(), bare.model.state_dict())
+    same(run.generators, bare.generators)
 
 
 def test_logger_that_raises_is_an_error_if_asked_for():

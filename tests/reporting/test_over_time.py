@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from monitored import Plain, fit, seeded
+from monitored import Plain, Recorder, fit, seeded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ntk_callbacks import NTKMonitor
@@ -94,3 +95,27 @@ def test_a_run_ends_with_an_image_and_a_resumed_one_with_the_same(tmp_path):
     (whole,), parts = images(tmp_path / "whole"), images(tmp_path / "parts")
     assert [step for step, _ in parts] == [4, 12]
     assert parts[-1] == whole
+
+
+def test_every_logger_gets_the_image_whatever_another_raises(tmp_path):
+    """Two of one type, and one whose server is gone when the run ends."""
+
+    class Leaves(Recorder):
+        ended = False
+
+        @property
+        def experiment(self):
+            if self.ended:
+                raise ConnectionError("the server is gone")
+
+    class Ends(Callback):
+        def on_train_end(self, trainer, *_):
+            trainer.loggers[0].ended = True
+
+    first, last = (TensorBoardLogger(tmp_path / name, "", "") for name in "ab")
+    callbacks, loggers = [Ends(), NTKMonitor(4, 4)], [Leaves(), first, last]
+    with pytest.warns(UserWarning, match="the server is gone") as caught:
+        fit(Plain(), callbacks, logger=loggers)
+    (text,) = (str(w.message) for w in caught if "is gone" in str(w.message))
+    assert text.startswith("NTKMonitor: Leaves did not take the measurement of step 8")
+    assert images(tmp_path / "a") == images(tmp_path / "b")

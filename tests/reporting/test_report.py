@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ntk_callbacks.record import Measurement
+from ntk_callbacks.reporting.introduction import introduce
 from ntk_callbacks.reporting.loggers import report
 
 
@@ -45,6 +46,12 @@ class Drawing(Recorder):
 class Failing:
     def log_metrics(self, metrics, step):
         raise ConnectionError("the server is gone")
+
+
+class Unreachable(Recorder):
+    @property
+    def experiment(self):
+        raise RuntimeError("no connection")
 
 
 def measurement(step=3, **changes):
@@ -206,15 +213,51 @@ def test_a_logger_that_raises_is_named_and_the_others_get_everything():
 
 
 def test_an_experiment_that_raises_is_named_after_the_scalars_arrived():
-    class Broken(Recorder):
-        @property
-        def experiment(self):
-            raise RuntimeError("no connection")
-
-    logger = Broken()
+    logger = Unreachable()
     ((name, error),) = report(measurement(), [logger])
-    assert (name, str(error)) == ("Broken", "no connection")
+    assert (name, str(error)) == ("Unreachable", "no connection")
     assert logger.logged
+
+
+def test_a_picture_that_fails_keeps_no_other_from_a_logger():
+    class Picky(Drawing):
+        def add_histogram(self, tag, values, step, bins):
+            super().add_histogram(tag, values, step, bins)
+            if tag == "v":
+                raise TypeError("not these values")
+
+    logger = Picky()
+    vectors = {tag: torch.tensor([1.0, 2.0]) for tag in ("u", "v", "w")}
+    ((name, error),) = report(measurement(vectors=vectors), [logger])
+    assert (name, str(error)) == ("Picky", "not these values")
+    assert [tag for tag, *_ in logger.histograms] == ["u", "v", "w"]
+    assert [tag for tag, *_ in logger.images] == ["ntk/kernel"]
+
+
+def test_two_loggers_of_one_type_are_told_apart():
+    failures = report(measurement(), [Failing(), Recorder(), Failing()])
+    assert [name for name, _ in failures] == ["Failing", "Failing (2)"]
+
+
+def test_an_explanation_is_written_where_the_layout_fails():
+    class Broken(Drawing):
+        texts = ()
+
+        def add_custom_scalars(self, layout):
+            raise OSError("no room")
+
+        def add_text(self, tag, text, step):
+            self.texts += (tag,)
+
+    broken, whole = Broken(), Broken()
+    whole.add_custom_scalars = lambda layout: None
+    tags = ["params/displacement"]
+    failures = introduce(tags, "params", ["params"], [Unreachable(), broken, whole])
+    assert [(name, str(error)) for name, error in failures] == [
+        ("Unreachable", "no connection"),
+        ("Broken", "no room"),
+    ]
+    assert broken.texts == whole.texts == ("params/curves",)
 
 
 def test_something_that_is_no_logger_is_a_failure_not_a_crash():
