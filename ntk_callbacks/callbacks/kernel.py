@@ -10,6 +10,7 @@ from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
 from ntk_callbacks.callbacks.gradients import skips_step
 from ntk_callbacks.callbacks.history import History
+from ntk_callbacks.callbacks.loss_check import LossCheck
 from ntk_callbacks.callbacks.monitor import Monitor
 from ntk_callbacks.callbacks.probe_source import ProbeSource, checked_probe
 from ntk_callbacks.instruments.instrument import chosen_options
@@ -48,7 +49,10 @@ class NTKMonitor(Monitor):
       `ntk_modes/decay_predicted/<k>`, ∏(1 − ηsλ) over the updates (for SGD);
     - `sharpness`, the largest eigenvalue of the Gauss-Newton matrix of the loss on the
       probe, preconditioned as the optimizer does it, `sharpness_limit`, where the
-      optimizer becomes unstable (2/η, with momentum or Adam's form), and their ratio;
+      optimizer becomes unstable (2/η, with momentum or Adam's form), and their ratio.
+      Without `NTKOptions(loss=…)` these and the residuals are those of the mean
+      cross-entropy of labels, against which the loss of the first batch is held, or of
+      1/(2n) Σ (f − y)²; a warning says where that is not, or need not be, the loss;
     - `batchnorm_gap`: relative difference of the pseudo-NTK through batch statistics
       from that through running ones, if the model has them; costs a second kernel;
     - `trace_share`, `drift_share`: with `by`, what each part adds to the trace, and to
@@ -128,6 +132,20 @@ class NTKMonitor(Monitor):
             history=instrument.options.history,
             keep_matrices=instrument.options.keep_kernels,
         )
+        self._loss_check = LossCheck(output_fn)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Foresee the loss of the first batch, if labels were taken for its."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.instrument.loss.guessed and self._active(trainer):
+            self._loss_check.foresee(trainer, pl_module, batch)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Hold it against the real one."""
+        super().on_before_backward(trainer, pl_module, loss)
+        self._loss_check.compare(trainer, loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer

@@ -26,6 +26,7 @@ from ntk_callbacks.instruments.instrument import (
     one_of,
 )
 from ntk_callbacks.instruments.kernel_details import chosen_metrics, part_traces
+from ntk_callbacks.instruments.kernel_loss import LossOfKernel
 from ntk_callbacks.instruments.kernel_modes import ResidualModes
 from ntk_callbacks.instruments.kernel_options import NTKOptions as NTKOptions
 from ntk_callbacks.instruments.kernel_sketch import (
@@ -88,6 +89,8 @@ class KernelInstrument:
         """Where kernels come from; see `share_kernels`."""
         self.optimizers: Sequence[Optimizer] = ()
         """What trains the model, for the details that need learning rates."""
+        self.loss = LossOfKernel(self.options.loss)
+        """What is trained, for the details that need to know it."""
         self._modes = ResidualModes()
         self._probe: Probe | None = None
         self._reference: Kernel | None = None
@@ -164,7 +167,7 @@ class KernelInstrument:
         source = KernelSource(
             *(model, probe.inputs, request, self.kernels, step),
             optimizers=unwrapped(self.optimizers),
-            loss=self.options.loss,
+            loss=self.loss,
         )
         view = KernelView(
             *(ntk, reference, previous, steps, probe.targets),

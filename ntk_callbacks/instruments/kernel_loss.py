@@ -1,5 +1,6 @@
 """The loss that is trained, as a kernel meets it: gradient, curvature and scale."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,52 @@ class LossTerms:
         kernel = widened(self.restricted(ntk))
         outputs = self.outputs.to(kernel.device)
         return loss_weighted_kernel(kernel, outputs, loss=self.kind)
+
+
+class LossOfKernel:
+    """The loss that is trained: the one that is named, or that the targets ask for.
+
+    Args:
+        loss: Its name; None to tell it from the targets.
+
+    Attributes:
+        guessed: Whether labels were taken for those of the mean cross-entropy.
+    """
+
+    def __init__(self, loss: Loss | None) -> None:
+        self._name = loss
+        self.guessed = self._told = False
+
+    def of(self, f: Float[Tensor, "n c"], targets: Tensor | None) -> LossTerms | None:
+        """Its terms on the probe, as `loss_terms`; says once if they are a guess.
+
+        Labels are trained with cross-entropy nearly always, and `NTKMonitor` holds the
+        loss of a batch against it. Real targets tell neither the loss nor its scale.
+
+        Args:
+            f: Outputs.
+            targets: Of the probe.
+
+        Returns:
+            None if no loss is known.
+
+        Raises:
+            ProbeError: If the targets are none for the loss that was named.
+        """
+        terms = loss_terms(f, targets, self._name)
+        if terms is None or self._name is not None:
+            return terms
+        self.guessed = terms.kind == "cross_entropy"
+        if not (self.guessed or self._told):
+            self._told = True
+            warnings.warn(
+                "NTKMonitor: real targets do not tell the loss that is trained. "
+                "Sharpness and residual modes are those of 1/(2n) Σ (f − y)², and "
+                "wrong for any other. Pass NTKOptions(loss=…): "
+                '"mse_mean" for MSELoss(), "half_mean" if this is the one.',
+                stacklevel=2,
+            )
+        return terms
 
 
 def loss_terms(

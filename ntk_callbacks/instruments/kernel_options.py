@@ -30,7 +30,8 @@ class NTKOptions:
         keep_kernels: Keep the traced kernel there too, the examples ordered by class.
         loss: What is trained, a name in `theory.loss_scale`, for residuals and
             sharpness: `"mse_mean"` for `MSELoss()`. None is `"cross_entropy_mean"` for
-            class labels, and `"half_mean"`, 1/(2n) Σ (f − y)², for real targets.
+            class labels, and `"half_mean"`, 1/(2n) Σ (f − y)², for real targets, which
+            is told once, for they may be trained in any way.
 
     Raises:
         ValueError: If an option is not understood.

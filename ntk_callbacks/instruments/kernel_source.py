@@ -1,7 +1,7 @@
 """The model of a measurement, for what needs more of it than one kernel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -13,9 +13,9 @@ from ntk_callbacks._types import Inputs, Kernel, Mode, Outputs
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.guard import measuring
+from ntk_callbacks.instruments.kernel_loss import LossOfKernel
 from ntk_callbacks.instruments.kernel_stability import StabilityLimit, stability_limit
 from ntk_callbacks.layout import widened
-from ntk_callbacks.theory.scales import Loss
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class KernelSource:
         kernels: Where kernels come from.
         step: Completed updates.
         optimizers: Those that train the model, as far as they are known.
-        loss: The loss that is trained; None to tell it from the targets.
+        loss: The loss that is trained.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class KernelSource:
     kernels: KernelSeries
     step: int
     optimizers: Sequence[Optimizer] = ()
-    loss: Loss | None = None
+    loss: LossOfKernel = field(default_factory=lambda: LossOfKernel(None))
 
     def outputs(self) -> Float[Tensor, "n c"]:
         """The outputs f on the probe, in float64."""

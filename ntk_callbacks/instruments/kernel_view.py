@@ -12,7 +12,7 @@ from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
 from ntk_callbacks.dynamics.stability import learning_rate_limit
 from ntk_callbacks.engine.spectral import kernel_eigenvalues
-from ntk_callbacks.instruments.kernel_loss import LossTerms, loss_terms
+from ntk_callbacks.instruments.kernel_loss import LossTerms
 from ntk_callbacks.instruments.kernel_modes import MODES, ResidualModes
 from ntk_callbacks.instruments.kernel_source import KernelSource
 from ntk_callbacks.instruments.kernel_stability import StabilityLimit
@@ -66,6 +66,7 @@ class KernelView:
             targets is None
             or targets.is_floating_point()
             or targets.numel() != len(targets)
+            or not (targets != IGNORED).any()
         ):
             return None
         return targets.reshape(-1)
@@ -83,7 +84,7 @@ class KernelView:
         """The loss at the outputs now; None unless all outputs are kept."""
         if self.source is None or self.ntk.ndim != 4:
             return None
-        return loss_terms(self.source.outputs(), self.targets, self.source.loss)
+        return self.source.loss.of(self.source.outputs(), self.targets)
 
     @cached_property
     def stability(self) -> StabilityLimit | None:

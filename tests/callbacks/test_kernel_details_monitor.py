@@ -29,7 +29,8 @@ def everything(name="ntk", every=2):
         every,
         metrics="all",
         by="module",
-        options=NTKOptions(name=name, history=False),
+        # Named, because the step above trains on other examples than its batch.
+        options=NTKOptions(name=name, history=False, loss="cross_entropy_mean"),
         on_error="raise",
     )
 

@@ -98,7 +98,13 @@ def monitors(every):
     """One of each kind in one run: their tags do not meet."""
     held_out = Probe(torch.linspace(-1, 1, 12).reshape(4, 3), torch.arange(4) % 2)
     return [
-        NTKMonitor(5, every, by="module", metrics="all", on_error="raise"),
+        NTKMonitor(
+            *(5, every),
+            by="module",
+            metrics="all",
+            options=NTKOptions(loss="cross_entropy_mean"),  # of labels of its own
+            on_error="raise",
+        ),
         ParameterDriftMonitor(every, on_error="raise"),
         JacobianMonitor(5, every, on_error="raise"),
         SignalMonitor(5, every, per_layer=True, on_error="raise"),

@@ -307,7 +307,9 @@ def test_a_model_that_has_diverged_gives_nan_and_no_error():
 def test_one_example_and_one_output():
     net = nn.Linear(D, 1).double()
     probe = Probe(torch.tensor(X[:1]), torch.ones(1, 1))
-    _, found = all_of(net, torch.optim.SGD(net.parameters(), 0.1), probe=probe)
+    options = NTKOptions(loss="half_mean")
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    _, found = all_of(net, sgd, probe=probe, options=options)
     assert np.isnan(found.scalars["ntk/drift_noise_floor"])
     assert found.scalars["ntk/sharpness"] == pytest.approx((X[0] @ X[0]) + 1)
 
@@ -337,6 +339,16 @@ def test_metrics_of_your_own_may_be_matrices_and_groups():
     found = instrument.measure(product(*two_points()[0]), 0)
     assert [*found.scalars] == ["ntk_modes/first", "monitor/audit_error"]
     assert found.matrices["ntk/half"].numpy() == pytest.approx(kernels()[0] / 2)
+
+
+def test_a_probe_without_a_label_has_no_classes():
+    net, probe = classifier(), Probe(PROBE.inputs, torch.full((N,), -100))
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    _, found = all_of(net, sgd, probe=probe)
+    assert np.isnan(found.scalars["ntk/target_alignment"])
+    assert np.isfinite(found.scalars["ntk/trace"])
+    of_classes = {"ntk/class_ratio", "ntk/class_blocks", "ntk/sharpness"}
+    assert not of_classes & {*found.scalars, *found.matrices}
 
 
 def test_examples_without_a_label_are_no_class():

@@ -23,6 +23,9 @@ def half_mean(f, y):
     return (f - y).square().sum() / (2 * len(f))
 
 
+SQUARES = NTKOptions(loss="half_mean")
+
+
 def train(net, optimizer, probe, loss_fn, steps, instrument=None, rates=None):
     for step in range(steps):
         if rates is not None:
@@ -34,7 +37,7 @@ def train(net, optimizer, probe, loss_fn, steps, instrument=None, rates=None):
         optimizer.step()
 
 
-def started(net, optimizer, probe=PROBE, loss=None):
+def started(net, optimizer, probe=PROBE, loss="half_mean"):
     instrument = KernelInstrument(
         metrics=["residual_modes"], options=NTKOptions(loss=loss)
     )
@@ -58,7 +61,7 @@ def residual(net):
 
 @pytest.mark.parametrize(
     ("loss", "loss_fn", "factor"),
-    [(None, half_mean, 1 / N), ("mse_mean", nn.MSELoss(), 2 / N)],
+    [("half_mean", half_mean, 1 / N), ("mse_mean", nn.MSELoss(), 2 / N)],
 )
 @pytest.mark.parametrize("counting", [True, False])
 def test_a_linear_model_decays_as_predicted(loss, loss_fn, factor, counting):
@@ -108,7 +111,7 @@ def test_modes_of_cross_entropy_are_those_of_the_weighted_kernel():
     labels[3] = -100  # cross-entropy leaves it out, and so do the modes
     probe = Probe(torch.tensor(X), labels)
     sgd = torch.optim.SGD(net.parameters(), 1e-5)
-    instrument, _ = started(net, sgd, probe)
+    instrument, _ = started(net, sgd, probe, None)
     train(net, sgd, probe, cross_entropy, 1, instrument)
     found = instrument.measure(net, 1).scalars
     measured, predicted = of("decay_measured", found), of("decay_predicted", found)
@@ -149,7 +152,7 @@ def test_no_prediction_where_the_rate_is_not_that_of_gradient_descent():
 def test_a_step_is_counted_after_the_first_measurement_only():
     net = linear()
     sgd = torch.optim.SGD(net.parameters(), 0.1)
-    instrument = KernelInstrument(metrics=["residual_modes"])
+    instrument = KernelInstrument(metrics=["residual_modes"], options=SQUARES)
     instrument.optimizers = [sgd]
     instrument.count_step()
     instrument.start(PROBE)
@@ -168,7 +171,7 @@ def test_state_goes_through_a_file_in_the_middle_of_an_interval(counted):
     file = io.BytesIO()
     torch.save(going_on.state_dict(), file)
     file.seek(0)
-    resumed = KernelInstrument(metrics=["residual_modes"])
+    resumed = KernelInstrument(metrics=["residual_modes"], options=SQUARES)
     resumed.optimizers = [sgd]
     resumed.load_state_dict(torch.load(file, weights_only=True))
     resumed.start(PROBE)
@@ -187,7 +190,7 @@ def test_states_of_earlier_versions_are_taken():
     instrument, _ = started(net, torch.optim.SGD(net.parameters(), 0.1))
     state = instrument.state_dict()
     del state["modes"], state["reference_parts"]
-    later = KernelInstrument(metrics="all", by="module")
+    later = KernelInstrument(metrics="all", by="module", options=SQUARES)
     later.load_state_dict(state)
     later.start(PROBE)
     found = later.measure(net, 3).scalars
@@ -240,7 +243,9 @@ def test_decay_is_predicted_where_the_kernel_is_of_all_that_moves(
     net = hidden()
     net[0].requires_grad_(not frozen)
     sgd = torch.optim.SGD([p for n, p in net.named_parameters() if held in n], 0.02)
-    instrument = KernelInstrument(metrics=["residual_modes"], parameters=parameters)
+    instrument = KernelInstrument(
+        metrics=["residual_modes"], parameters=parameters, options=SQUARES
+    )
     instrument.optimizers = [sgd]
     instrument.start(PROBE)
     instrument.measure(net, 0)

@@ -42,7 +42,7 @@ def hessian(net, loss_fn, targets):
     [
         (None, cross_entropy, Y),
         ("cross_entropy_sum", nn.CrossEntropyLoss(reduction="sum"), Y),
-        (None, lambda f, y: (f - y).square().sum() / (2 * N), REAL),
+        ("half_mean", lambda f, y: (f - y).square().sum() / (2 * N), REAL),
         ("mse_mean", nn.MSELoss(), REAL),
     ],
 )
@@ -54,6 +54,27 @@ def test_sharpness_is_that_of_the_training_loss(loss, loss_fn, targets):
     assert sharpness == pytest.approx(top, rel=1e-9)
     assert limit == pytest.approx(8, rel=1e-12)
     assert ratio == pytest.approx(top / 8, rel=1e-9)
+
+
+def test_what_is_assumed_of_real_targets_is_told_once():
+    net = nn.Linear(D, C).double()
+    sgd = torch.optim.SGD(net.parameters(), 0.25)
+    named = edge(net, [sgd], REAL, "half_mean")
+    instrument = KernelInstrument(metrics=[*NAMES, "residual_modes"])
+    instrument.optimizers = [sgd]
+    instrument.start(Probe(X, REAL))
+    with pytest.warns(UserWarning, match=r"1/\(2n\).*mse_mean.*half_mean"):
+        found = instrument.measure(net, 0).scalars
+    instrument.measure(net, 1)  # warnings are errors here
+    assert [found[f"ntk/{name}"] for name in NAMES] == named
+
+
+def test_nothing_is_told_where_nothing_is_assumed():
+    net = nn.Linear(D, C).double()
+    instrument = KernelInstrument()
+    instrument.start(Probe(X, REAL))
+    instrument.measure(net, 0)
+    edge(net, [torch.optim.SGD(net.parameters(), 0.25)], Y)
 
 
 SGDS = [
@@ -69,9 +90,9 @@ SGDS = [
 def test_training_diverges_above_the_limit_and_not_below(settings, factor):
     net = nn.Linear(D, C).double()
     sgd = torch.optim.SGD(net.parameters(), 1.0, **settings)
-    sharpness, limit, _ = edge(net, [sgd], REAL)
+    sharpness, limit, _ = edge(net, [sgd], REAL, "half_mean")
     sgd.param_groups[0]["lr"] = factor * limit / sharpness
-    assert edge(net, [sgd], REAL)[2] == pytest.approx(factor, rel=1e-9)
+    assert edge(net, [sgd], REAL, "half_mean")[2] == pytest.approx(factor, rel=1e-9)
     losses = []
     for _ in range(600):
         sgd.zero_grad()
