@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -110,7 +111,8 @@ def layer_jacobian(
         return found
 
     layers = {name: part for name, part in named.items() if name in chosen}
-    return torch.cat(traced(model, x, layers, block, output_fn=output_fn, mode=mode))
+    settings: dict[str, Any] = {"output_fn": output_fn, "mode": mode}
+    return torch.cat(traced(model, x, lambda: layers, block, **settings))
 
 
 def jacobian_by_depth(
@@ -179,9 +181,14 @@ tensor([[5.]], dtype=torch.float64))
             segment_spectra([(place, trace.outputs) for place in places], *kept),
         )
 
-    chosen = chosen_layers(model, layers)
     found = traced(
-        model, x, chosen, spectra, output_fn=output_fn, mode=mode, count=count
+        model,
+        x,
+        lambda: chosen_layers(model, layers),
+        spectra,
+        output_fn=output_fn,
+        mode=mode,
+        count=count,
     )
     return DepthSpectra(
         found[0].names,
@@ -228,7 +235,7 @@ def input_spectra(
         return segment_spectra([pair], trace.examples, trace.joint)
 
     (found,) = traced(
-        model, x, {}, spectra, output_fn=output_fn, mode=mode, count=count
+        model, x, dict, spectra, output_fn=output_fn, mode=mode, count=count
     )
     return found
 

@@ -158,7 +158,7 @@ def run(
 def traced(
     model: nn.Module,
     x: Inputs,
-    chosen: dict[str, nn.Module],
+    choose: Callable[[], dict[str, nn.Module]],
     then: Callable[[Trace], _Result],
     *,
     output_fn: OutputFunction | None = None,
@@ -170,7 +170,8 @@ def traced(
     Args:
         model: Left exactly as it was.
         x: All examples; more than `count` matter only if they depend on one another.
-        chosen: Name -> layer, whose outputs become places.
+        choose: Gives name -> layer, whose outputs become places. Called once the model
+            is guarded: parametrizations that are looked at may compute, draw or count.
         then: Takes a trace, whose graph is there until it returns.
         output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
         mode: `"eval"` or `"train"`.
@@ -186,6 +187,7 @@ def traced(
             gradients, or examples depend on one another where they lie unknown.
     """
     with opened(model, x, output_fn, mode, count) as subject:
+        chosen = choose()
         trace = _trace(subject, chosen, then)
         if not isinstance(trace, _Unplaced):
             return [trace]

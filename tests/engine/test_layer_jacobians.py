@@ -1,5 +1,6 @@
 """Jacobians between layers against products of matrices written by hand."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from cases import Computed, checkpointed
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations
 
 from ntk_callbacks import input_jacobian
 from ntk_callbacks.engine import segment_jacobians, segment_spectra
@@ -461,6 +463,24 @@ def test_models_are_left_as_they_were():
     assert all(p.grad is None for p in net.parameters())
     assert [p.requires_grad for p in net.parameters()] == [True] * 4 + [False] * 2
     assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_looking_for_layers_moves_no_parametrization(mode):
+    """In training, whoever reads a weight under a spectral norm moves its vectors."""
+    net = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = copy.deepcopy(net.state_dict())
+    measured = jacobian_by_depth(net, x, mode=mode)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    if mode == "eval":
+        expected = jacobian_by_depth(copy.deepcopy(net).eval(), x)
+        assert torch.equal(measured.to_output.largest, expected.to_output.largest)
+        from_input = measured.from_input, expected.from_input
+        assert torch.equal(*(part.largest for part in from_input))
 
 
 def test_what_cannot_be_measured_is_said():
