@@ -1,6 +1,5 @@
 """Spectra over the steps of a run: how many values lie where, and when."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,18 +58,18 @@ def spectral_densities(
         raise ValueError(
             f"spectral_densities: {len(steps)} steps, but {len(logarithms)} spectra."
         )
-    spectra = [10.0 ** s[np.isfinite(s)].astype(np.float64) for s in logarithms]
-    seen = [float(end) for s in spectra if len(s) for end in (s.min(), s.max())]
-    seen = [value for value in seen if 0 < value < math.inf]
+    # What float64 does not hold is drawn at the edge.
+    finite = [s[np.isfinite(s)].astype(np.float64).clip(-300, 300) for s in logarithms]
+    seen = [float(end) for s in finite if len(s) for end in (s.min(), s.max())]
     if not seen:
         raise ValueError("spectral_densities: no value of any spectrum is finite.")
-    values, across = value_axis(seen), step_axis(steps)
+    values, across = value_axis([10.0**end for end in seen]), step_axis(steps)
     bins = []
-    for spectrum in spectra:
-        inside = [values.position(float(v)) for v in spectrum if 0 < v < math.inf]
-        below = np.minimum((np.array(inside) * rows).astype(np.int64), rows - 1)
+    for spectrum in finite:
+        inside = values.positions(10.0**spectrum)
+        below = np.minimum((inside * rows).astype(np.int64), rows - 1)
         bins.append(np.bincount(below, minlength=rows)[::-1])
-    positions = np.array([across.position(float(step)) for step in steps])
+    positions = across.positions(np.array(steps, dtype=np.float64))
     # A measurement at the left end of a column, up to round-off, counts in it; the last
     # column shows the last measurement.
     starts = np.arange(columns) / columns + 1e-9

@@ -1,11 +1,21 @@
 """Axes of a plot: which values they span, where they have ticks, how those read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DECADES = 100.0  # ratio of largest to smallest value from which an axis is logarithmic
+_TINIEST, _LARGEST = 1e-300, 1e300  # beyond, sums and quotients leave float64
+_STRETCHED: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "linear": np.asarray,
+    "log": np.log10,
+    "log1p": np.log1p,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +37,16 @@ class Axis:
     factor: str = ""
 
     def position(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high one."""
-        low, value, high = (
-            _stretched(self.kind, v) for v in (self.low, value, self.high)
-        )
-        return (value - low) / (high - low)
+        """Where a value lies: 0 at or below the low end, 1 at or above the high one."""
+        return float(self.positions(np.array(value)))
+
+    def positions(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Where values lie, as `position` has it."""
+        ends = np.array([self.low, self.high])
+        low, high = _STRETCHED[self.kind](ends)
+        inside = _STRETCHED[self.kind](values.clip(self.low, self.high))
+        places: NDArray[np.floating] = (inside - low) / (high - low)
+        return places
 
 
 def value_axis(values: Sequence[float]) -> Axis:
@@ -50,7 +65,7 @@ def value_axis(values: Sequence[float]) -> Axis:
         >>> [label for _, label in value_axis([0.02, 3000.0]).ticks]
         ['10⁻¹', '10⁰', '10¹', '10²', '10³']
     """
-    low, high = min(values), max(values)
+    low, high = (_bounded(value) for value in (min(values), max(values)))
     if low > 0 and high >= _DECADES * low:
         bottom, top = math.log10(low), math.log10(high)
         margin = 0.03 * (top - bottom)
@@ -122,10 +137,10 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def _stretched(kind: str, value: float) -> float:
-    if kind == "log":
-        return math.log10(value)
-    return math.log1p(value) if kind == "log1p" else value
+def _bounded(value: float) -> float:
+    """An end of an axis; what lies beyond is drawn at its edge."""
+    size = min(max(abs(value), _TINIEST), _LARGEST)
+    return math.copysign(size, value) if value else 0.0
 
 
 def _power(exponent: int) -> str:

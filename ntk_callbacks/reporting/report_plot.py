@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ntk_callbacks.reporting.report_axis import Axis, number, step_axis, value_axis
 
 COLORS = 8
@@ -96,11 +99,11 @@ def _grid(x: Axis, y: Axis) -> str:
     parts = []
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     for value, label in y.ticks:
-        row = _row(y, value)
+        row = float(_row(y, np.array(value)))
         parts.append(f'<path class="grid" d="M{_LEFT} {row:.1f}H{right}"/>')
         parts.append(_text(_LEFT - 6, row + 4, label, "end"))
     for value, label in x.ticks:
-        column = _column(x, value)
+        column = float(_column(x, np.array(value)))
         parts.append(f'<path class="tick" d="M{column:.1f} {bottom}v4"/>')
         parts.append(_text(column, bottom + 17, label, "middle"))
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
@@ -112,23 +115,25 @@ def _drawn(curve: Curve, x: Axis, y: Axis) -> str:
     color = f"run{curve.run % COLORS}"
     dash = "2 2" if curve.faint else _DASHES[curve.run // COLORS % len(_DASHES)]
     style = f' stroke-dasharray="{dash}"' if dash else ""
+    columns = _column(x, np.array([step for step, _ in points]))
+    rows = _row(y, np.array([value for _, value in points]))
     path, pen_up = [], True
-    for step, value in points:
+    finite = []
+    for (step, value), column, row in zip(points, columns, rows, strict=True):
         if math.isfinite(value):
-            path.append(f"{'M' if pen_up else 'L'}{_place(x, y, step, value)}")
+            path.append(f"{'M' if pen_up else 'L'}{column:.1f} {row:.1f}")
+            finite.append((step, value, column, row))
         pen_up = not math.isfinite(value)
     kind = f"{color} faint" if curve.faint else color
     line = f'<path class="{kind}" d="{"".join(path)}"{style}/>'
     if curve.faint:
         return line
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
     every = -(-len(finite) // _MOST_MARKS) or 1
     marks = []
-    for step, value in finite[::-1][::every]:  # the last one always
-        place = _place(x, y, step, value).split(" ")
+    for step, value, column, row in finite[::-1][::every]:  # the last one always
         said = escape(f"{curve.label}: {number(value)} at {step:.0f}")
         marks.append(
-            f'<circle class="{color}" cx="{place[0]}" cy="{place[1]}" r="2.4">'
+            f'<circle class="{color}" cx="{column:.1f}" cy="{row:.1f}" r="2.4">'
             f"<title>{said}</title></circle>"
         )
     return line + "".join(marks)
@@ -148,16 +153,12 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def _column(x: Axis, value: float) -> float:
-    return _LEFT + x.position(value) * (_WIDTH - _LEFT - _RIGHT)
+def _column(x: Axis, values: NDArray[np.floating]) -> NDArray[np.floating]:
+    return _LEFT + x.positions(values) * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _row(y: Axis, value: float) -> float:
-    return _HEIGHT - _BOTTOM - y.position(value) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _place(x: Axis, y: Axis, step: float, value: float) -> str:
-    return f"{_column(x, step):.1f} {_row(y, value):.1f}"
+def _row(y: Axis, values: NDArray[np.floating]) -> NDArray[np.floating]:
+    return _HEIGHT - _BOTTOM - y.positions(values) * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:

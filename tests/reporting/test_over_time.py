@@ -73,6 +73,13 @@ def test_common_limits_give_common_colors():
     assert colors[1][:, 1].tolist() == [253, 231, 37]
 
 
+@pytest.mark.parametrize("ends", [(-323.3, 308.2), (-400.0, 0.0), (5.0, 400.0)])
+def test_values_at_the_ends_of_float64_are_counted(ends):
+    found = spectral_densities([0, 1], [np.array(ends), np.zeros(3)], rows=5, columns=2)
+    assert found.counts[:, 0].tolist() == [1, 0, 0, 0, 1]
+    assert found.counts[:, 1].sum() == 3
+
+
 def images(folder):
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     tag = "ntk/eigenvalues_log10_over_time"
