@@ -69,22 +69,20 @@ def read_rows(path: Path) -> Rows:
                     f"this version reads up to {FORMAT}. Update ntk-callbacks."
                 )
             found.conventions = entry.get("conventions", {})
-        elif _is_measurement(entry):
-            while found.measured and found.measured[-1].step > entry["after"]:
-                found.measured.pop()
-            found.measured.append(_row(entry, path.parent))
+            continue
+        try:
+            row, after = _row(entry, path.parent), int(entry["after"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue  # nothing that a monitor wrote
+        while found.measured and found.measured[-1].step > after:
+            found.measured.pop()
+        found.measured.append(row)
     return found
-
-
-def _is_measurement(entry: dict[str, Any]) -> bool:
-    numbers = (entry.get("step"), entry.get("after"))
-    scalars = entry.get("scalars")
-    return all(isinstance(n, int) for n in numbers) and isinstance(scalars, dict)
 
 
 def _row(entry: dict[str, Any], folder: Path) -> Row:
     return Row(
-        step=entry["step"],
+        step=int(entry["step"]),
         scalars={tag: float(value) for tag, value in entry["scalars"].items()},
         file=folder / entry["tensors"] if "tensors" in entry else None,
         vectors=tuple(entry.get("vectors", ())),

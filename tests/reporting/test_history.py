@@ -330,6 +330,8 @@ def test_lines_of_another_kind_are_no_measurements():
         '{"format": "alpaca", "text": "b"}',
         '{"step": "3", "after": null, "scalars": {}}',
         '{"step": 3, "after": 0, "scalars": [1]}',
+        '{"step": 3, "after": 0, "scalars": {"a": null}}',
+        '{"step": 3, "after": 0, "scalars": {"a": 1.0}, "tensors": 2}',
     ]
     Path("data", "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="no complete measurement in 'data'"):
