@@ -1,5 +1,7 @@
 """The gradients that the optimizer of a Lightning run is about to see."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -117,20 +119,27 @@ def clipped_by_trainer(
     if not getattr(pl_module, "automatic_optimization", False):
         return gradients
     limit, rule = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    outside = _outside(pl_module, optimizer)
     if not overrides(pl_module, _CLIPPING):
         if not limit:
             return gradients
-        return clipped_gradients(
-            gradients, **{"max_value" if rule == "value" else "max_norm": limit}
+        # They count for the norm, whatever the module knows of them.
+        others = {f" {k}": g for k, (_, g) in enumerate(outside)}
+        clipped = clipped_gradients(
+            gradients | others,
+            **{"max_value" if rule == "value" else "max_norm": limit},
         )
+        return {name: clipped[name] for name in gradients}
     if trainer.world_size > 1:
         raise UnsupportedModelError(
             f"{type(pl_module).__name__}.{_CLIPPING} may wait for "
             "other processes, but measurements run on one. Clip with "
             "Trainer(gradient_clip_val=…), or train on one process to predict steps."
         )
-    with quietly(pl_module):
+    with _gradients_put_back(outside), quietly(pl_module):
         mute(pl_module)
+        for parameter, gradient in outside:
+            parameter.grad = gradient.clone()
         for name, gradient in gradients.items():
             pl_module.get_parameter(name).grad = gradient.clone()
         pl_module.configure_gradient_clipping(
@@ -140,6 +149,27 @@ def clipped_by_trainer(
             name: gradient.clone()
             for name, gradient in held_gradients(pl_module, optimizer).items()
         }
+
+
+def _outside(pl_module: Any, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Parameters that are trained but not registered, in a list say; gradients."""
+    inside = {id(parameter) for parameter in pl_module.parameters()}
+    return [
+        (parameter, parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) not in inside and parameter.grad is not None
+    ]
+
+
+@contextmanager
+def _gradients_put_back(held: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """For parameters that the guard of a module need not see."""
+    try:
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
 
 
 def overrides(pl_module: Any, hook: str) -> bool:

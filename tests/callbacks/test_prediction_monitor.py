@@ -296,6 +296,49 @@ def test_clipping_of_the_module_itself_is_foreseen_without_a_trace():
     assert monitored.model.calls == bare.model.calls == 8
 
 
+class Holder:
+    """Keeps a parameter from a module, and from the guard of one."""
+
+    def __init__(self):
+        self.scale = nn.Parameter(torch.tensor([3.0, -2.0]))
+
+
+class Hidden(Plain):
+    """Trains a scale that is not registered, with a gradient larger than all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = Holder()
+
+    def forward(self, x):
+        return self.hidden.scale * self.net(x)
+
+    def configure_optimizers(self):
+        return SGD([*self.parameters(), self.hidden.scale], 0.1)
+
+
+class HiddenClipped(Hidden):
+    def configure_gradient_clipping(self, optimizer, **_):
+        self.clip_gradients(optimizer, 0.02, "norm")
+
+
+@pytest.mark.parametrize("kind", [Hidden, HiddenClipped])
+def test_parameters_that_are_not_registered_count_for_the_norm(kind):
+    settings = {"max_steps": 8}
+    if kind is Hidden:
+        settings |= {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "norm"}
+    used = monitor()
+    seeded()
+    monitored = fit(kind(), [used], **settings)
+    assert [*rows(used)] == [*range(1, 9)]
+    seeded()
+    bare = fit(kind(), **settings)
+    same(monitored.trace(), bare.trace())
+    assert torch.equal(monitored.model.hidden.scale, bare.model.hidden.scale)
+    for row in rows(used).values():
+        assert row["step_error"] < 1e-5
+
+
 def test_gradients_changed_after_the_prediction_show_as_its_error():
     class Halved(Plain):
         def on_before_optimizer_step(self, optimizer):
