@@ -24,11 +24,12 @@ def optimizer_scaling(
     Λ is diagonal: η for `SGD`, η (1 − dampening)/(1 − β) with momentum β, which adds up
     past gradients; η/(√v̂ + ε) for `Adam` and `AdamW` with v̂ corrected for its bias (its
     maximum with amsgrad); η/((√v + ε)(1 − β)) for `RMSprop`, less the squared mean in v
-    if centered; η/(√Σg² + ε) for `Adagrad`, η decayed. Given to `empirical_ntk` as
-    `scaling=`, the preconditioned kernel J Λ Jᵀ says how the outputs move for each
-    gradient by the outputs, and its λ_max how near the edge of stability the optimizer
-    is. Momentum is counted as if the gradient had not changed for a while; what the
-    next step does exactly is `predicted_step`. Weight decay is no part of Λ.
+    if centered; η/(√Σg² + ε) for `Adagrad`, η decayed as in its last step. Given to
+    `empirical_ntk` as `scaling=`, the preconditioned kernel J Λ Jᵀ says how the outputs
+    move for each gradient by the outputs, and its λ_max how near the edge of stability
+    the optimizer is. Momentum is counted as if the gradient had not changed for a
+    while; what the next step does exactly is `predicted_step`. Weight decay is no part
+    of Λ.
 
     Args:
         optimizer: One of those; of exactly that class.

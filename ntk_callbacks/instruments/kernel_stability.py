@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from ntk_callbacks._types import ParameterFilter
 from ntk_callbacks.dynamics.optimizer_scaling import SCALINGS, optimizer_scaling
@@ -82,7 +82,8 @@ def stability_limit(
         except ValueError:  # adaptive, before its first step
             return StabilityLimit(limit, seen=False)
         for name, rate in rates.items():
-            scaling[name] = scaling[name] + rate / unit
+            coming = rate * _decay(optimizer, model.get_parameter(name))
+            scaling[name] = scaling[name] + coming / unit
     return StabilityLimit(limit, scaling)
 
 
@@ -155,6 +156,20 @@ def _unit(optimizer: Optimizer, group: dict[str, Any]) -> float:
     if type(optimizer) is SGD:
         return rate * (1 - float(group["dampening"]) if beta else 1.0) / (1 - beta)
     return rate / (1 - beta) if type(optimizer) is RMSprop else rate
+
+
+def _decay(optimizer: Optimizer, parameter: nn.Parameter) -> float:
+    """Rate of the coming step over that of the last one, at the same `lr`."""
+    state = optimizer.state.get(parameter, {})
+    if type(optimizer) is not Adagrad or not state:
+        return 1.0
+    steps = float(state["step"])
+    (decay,) = {
+        float(group["lr_decay"])
+        for group in optimizer.param_groups
+        if any(held is parameter for held in group["params"])
+    }
+    return (1 + (steps - 1) * decay) / (1 + steps * decay)
 
 
 def _limit(optimizer: Optimizer, group: dict[str, Any]) -> float:

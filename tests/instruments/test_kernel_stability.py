@@ -135,6 +135,27 @@ def test_adam_is_measured_in_its_own_metric(kind, beta):
     assert spectral_radius(rate * limit * 1.001, beta) > 1
 
 
+def test_adagrad_is_measured_at_the_rate_of_its_next_step():
+    net = nn.Linear(D, C).double()
+    adagrad = torch.optim.Adagrad(net.parameters(), 0.5, lr_decay=1.0)
+    for _ in range(2):
+        adagrad.zero_grad()
+        cross_entropy(net(X), Y).backward()
+        adagrad.step()
+    sharpness, limit, _ = edge(net, [adagrad])
+    assert limit == pytest.approx(2 / 0.5, rel=1e-12)
+    matrix = hessian(net, cross_entropy, Y)
+    # What a gradient too small to change the sum of squares moves, next.
+    before = torch.cat([net.weight.flatten(), net.bias]).detach()
+    for parameter in (net.weight, net.bias):
+        parameter.grad = torch.full_like(parameter, 1e-9)
+    adagrad.step()
+    after = torch.cat([net.weight.flatten(), net.bias]).detach()
+    rates = (before - after) / 1e-9
+    top = torch.linalg.eigvalsh(matrix * (rates[:, None] * rates).sqrt())[-1].item()
+    assert sharpness == pytest.approx(top / 0.5, rel=1e-5)
+
+
 def test_groups_with_rates_of_their_own_and_two_optimizers():
     net = nn.Linear(D, C).double()
     rates = torch.cat([torch.full((C * D,), 0.5), torch.full((C,), 0.1)]).double()
