@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ _WRAPPERS = {"_FabricModule": "_original_module", "DistributedDataParallel": "mo
 
 
 @contextmanager
-def quietly(module: nn.Module) -> Iterator[None]:
+def quietly(module: nn.Module, *, precise: bool = True) -> Iterator[None]:
     """Run a measurement on `module` and put everything back, on exceptions too.
 
     Restored bit for bit: parameters and buffers; `.grad` (hidden inside, so that a
@@ -43,6 +43,7 @@ def quietly(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module that is about to be measured.
+        precise: False leaves float32 products as the flags of the process have them.
 
     Yields:
         Nothing.
@@ -59,7 +60,7 @@ def quietly(module: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in tensors if tensor.device.type != "meta"}
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(devices))
-        stack.enter_context(_flags_kept())
+        stack.enter_context(_flags_kept(precise))
         stack.enter_context(torch.inference_mode(False))
         # It would tell of passes that are meant to fail, and refuse what is NaN.
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
@@ -93,10 +94,7 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
         UnsupportedModelError: If SyncBatchNorm would wait for other processes, or the
             mode of the model is fixed.
     """
-    # Where nothing was compiled the compiler is not loaded, and loading takes seconds.
-    compiles = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
-    with quietly(model), eager:
+    with quietly(model), eagerly():
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN differentiates recurrent layers in training mode only.
             torch.backends.cudnn.enabled = False
@@ -111,6 +109,15 @@ def measuring(model: nn.Module, mode: Mode) -> Iterator[None]:
                     module.eval()
             _refuse_collectives(model)
         yield
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Compiled modules run their eager code inside."""
+    # Where nothing was compiled the compiler is not loaded, and loading takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _switch(to: Callable[[], object]) -> None:
@@ -186,7 +193,7 @@ def isolated_rng(
 
 
 @contextmanager
-def _flags_kept() -> Iterator[None]:
+def _flags_kept(precise: bool) -> Iterator[None]:
     """Full float32 precision inside; every process-wide numerical setting restored."""
     dtype = torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -194,7 +201,7 @@ def _flags_kept() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     cudnn_flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
     try:
-        with _ieee_float32():
+        with _ieee_float32() if precise else nullcontext():
             yield
     finally:
         torch.set_default_dtype(dtype)

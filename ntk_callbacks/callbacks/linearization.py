@@ -41,8 +41,9 @@ class LinearizationMonitor(Monitor):
     takes a training step or two for each of the network's, in full precision and
     without dropout; BatchNorm keeps the statistics of θ₀, or with `mode="train"` uses
     those of each batch. What a training step does beyond `loss_fn` of a batch `(x, y)`
-    (augmentation, penalties, noise on gradients) the twin does not. It needs automatic
-    optimization on one process, and an optimizer that steps without a closure.
+    (augmentation, penalties, noise on gradients) the twin does not; where gradients
+    show it, and no dropout hides it, a warning says so. It needs automatic optimization
+    on one process, and an optimizer that steps without a closure.
 
     With `held_out` accuracies on those examples: `linear/network_accuracy`, and of
     kernel regression from the probe with the traced kernel,
@@ -113,6 +114,11 @@ class LinearizationMonitor(Monitor):
             history=chosen.history,
         )
 
+    def _reset(self) -> None:
+        super()._reset()
+        if self._training is not None:
+            self._training.loss.restart()
+
     # The twin -----------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -128,18 +134,13 @@ class LinearizationMonitor(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._training is not None:
             self._training.batch = batch if self._trains_twin(trainer) else None
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """Note the loss."""
-        super().on_before_backward(trainer, pl_module, loss)
-        if self._training is not None:
-            self._training.loss = loss.detach()
+            self._training.alone = False
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Add the gradient of the twin on the batch."""
         if self._training is not None and self._trains_twin(trainer):
-            point = self.instrument.point
-            self._try(self._training.accumulate, trainer, pl_module, point)
+            given = trainer, pl_module, self.instrument.point, self.progress.step
+            self._try(self._training.accumulate, *given)
 
     def on_before_zero_grad(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer

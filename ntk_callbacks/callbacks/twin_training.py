@@ -1,29 +1,23 @@
 """How a linearized twin follows the steps of a Lightning trainer."""
 
-import math
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ntk_callbacks.callbacks.gradients import (
     OneEvaluation,
     clipped_by_trainer,
-    gradient_scaler,
     overrides,
     skips_step,
 )
-from ntk_callbacks.callbacks.namespaces import rank_zero_warn
 from ntk_callbacks.callbacks.precautions import mute, refuse_sharded
+from ntk_callbacks.callbacks.twin_loss import TwinLoss
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.guard import isolated_rng, quietly
 from ntk_callbacks.instruments.linearization_point import LinearizationPoint
 from ntk_callbacks.instruments.linearized_twin import LinearizedTwin
 from ntk_callbacks.instruments.predicted_update import held_gradients
 from ntk_callbacks.probe import Probe
-
-_ALIKE = 1e-3  # relative difference of two losses that are the same but for round-off
-_OTHER = 1e-2  # of two that are not
 
 
 class TwinTraining:
@@ -34,13 +28,15 @@ class TwinTraining:
 
     Attributes:
         batch: The one that the network is trained on now, as the trainer gives it.
-        loss: What the network had on it, by the weight of the batch.
+        alone: Whether the network has no gradient but that of this batch.
+        loss: Looks whether the network has that of the twin.
     """
 
     def __init__(self, twin: LinearizedTwin) -> None:
         self.twin = twin
         self.batch: Any = None
-        self.loss: Tensor | None = None
+        self.alone = False
+        self.loss = TwinLoss(twin)
         self._evaluation = OneEvaluation()
 
     @staticmethod
@@ -83,9 +79,10 @@ class TwinTraining:
         """
         if not overrides(pl_module, "optimizer_zero_grad"):
             self.twin.forget_gradients()
+            self.alone = True
 
     def accumulate(
-        self, trainer: Any, pl_module: Any, point: LinearizationPoint
+        self, trainer: Any, pl_module: Any, point: LinearizationPoint, step: int
     ) -> None:
         """Add the gradient of the twin on the batch.
 
@@ -93,6 +90,7 @@ class TwinTraining:
             trainer: After the backward pass of the network.
             pl_module: Its module.
             point: θ₀.
+            step: Completed updates.
 
         Raises:
             ProbeError: If inputs and targets of the batch cannot be told.
@@ -101,7 +99,6 @@ class TwinTraining:
         """
         point.refuse_others(dict(pl_module.named_parameters()))
         (optimizer,) = trainer.optimizers
-        starts = self.twin.parameters is None
         if not self.twin.expanded:
             with quietly(pl_module):
                 mute(pl_module)  # the copy that the twin is made of, too
@@ -110,26 +107,9 @@ class TwinTraining:
             self.twin.follow(pl_module, optimizer)
         batch = Probe.from_batch(self.batch)
         weight = 1 / trainer.accumulate_grad_batches
-        own = self.twin.accumulate(pl_module, batch.inputs, batch.targets, weight)
-        if starts and self.loss is not None and not gradient_scaler(trainer):
-            self._compare(pl_module, batch, float(self.loss) / weight, float(own))
-
-    def _compare(self, pl_module: Any, batch: Probe, loss: float, own: float) -> None:
-        """Warn if the network trains on another loss than the twin, at the same θ₀."""
-        with quietly(pl_module):
-            mute(pl_module)
-            network = float(
-                self.twin.network_loss(pl_module, batch.inputs, batch.targets)
-            )
-        # Elsewhere dropout or BatchNorm makes a difference already.
-        alike = math.isclose(network, own, rel_tol=_ALIKE)
-        if alike and not math.isclose(network, loss, rel_tol=_OTHER):
-            rank_zero_warn(
-                f"LinearizationMonitor: the training loss of the first batch is "
-                f"{loss:.4g}, but that of the linearized twin for the same outputs "
-                f"{own:.4g}. Pass the loss that the network trains on as loss_fn, or "
-                "the twin learns something else."
-            )
+        self.twin.accumulate(pl_module, batch.inputs, batch.targets, weight)
+        if self.alone:
+            self.loss.compare(trainer, pl_module, batch, weight, step)
 
     def step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer, differentiated: bool

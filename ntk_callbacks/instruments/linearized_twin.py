@@ -176,25 +176,24 @@ class LinearizedTwin:
     def network_loss(
         self, model: nn.Module, inputs: Inputs, targets: Tensor | None
     ) -> Tensor:
-        """The loss of the network on a batch, in the state that it trains in.
+        """The loss of the network on a batch, in the state that it is in.
 
         Args:
-            model: Left exactly as it was.
+            model: The network; call it inside a guard.
             inputs: Of the batch.
             targets: Of the batch.
 
         Returns:
-            By the function that the twin trains on.
+            By the function that the twin trains on, with a graph.
 
         Raises:
             UnsupportedModelError: As `accumulate`.
         """
-        with quietly(model), torch.no_grad():
-            # Copies, because a model may overwrite what it is given.
-            given = map_tensors(Tensor.clone, inputs)
-            outputs = (self.output_fn or call_model)(model, given)
-            loss_fn, y = self._loss(targets, outputs)
-            return loss_value(loss_fn, outputs, y)
+        # Copies, because a model may overwrite what it is given.
+        given = map_tensors(Tensor.clone, inputs)
+        outputs = (self.output_fn or call_model)(model, given)
+        loss_fn, y = self._loss(targets, outputs)
+        return loss_value(loss_fn, outputs, y)
 
     @property
     def gradients(self) -> Params:
