@@ -152,14 +152,25 @@ def loss_value(loss_fn: ProbeLoss, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _suggestion(targets: Tensor, outputs: Tensor) -> str:
     """What may be the loss; never one that spreads (n,) over outputs (n, 1)."""
-    loss = "torch.nn.functional.mse_loss"
-    if not targets.is_floating_point() or targets.numel() != outputs.numel():
-        return "lambda outputs, targets: …, the loss that is trained"
-    if targets.shape == outputs.shape:
-        return f"{loss}, or yours"
-    return (
-        f"lambda outputs, targets: {loss}(outputs.view_as(targets), targets), or yours"
-    )
+    named, given = "torch.nn.functional", "lambda outputs, targets"
+    shape, real = outputs.shape, targets.is_floating_point()
+    same = targets.numel() == outputs.numel()
+    pixels = not real and targets.shape == (*shape[:1], *shape[2:])
+    tokens = not real and targets.shape == shape[:-1]
+    if real and targets.shape == shape:
+        return f"{named}.mse_loss, or yours"
+    if real and same:
+        call = "mse_loss(outputs.view_as(targets), targets)"
+    elif same:  # yes or no
+        name = "binary_cross_entropy_with_logits"
+        call = f"{name}(outputs.view_as(targets), targets.to(outputs))"
+    elif pixels and not tokens:
+        call = "cross_entropy(outputs, targets.long())"
+    elif tokens and not pixels:
+        call = "cross_entropy(outputs.flatten(0, -2), targets.long().flatten())"
+    else:
+        return f"{given}: …, the loss that is trained"
+    return f"{given}: {named}.{call}, or yours"
 
 
 def not_labels(targets: Tensor, outputs: Tensor) -> str:

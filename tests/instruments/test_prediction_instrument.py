@@ -6,12 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as yes_or_no
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, Adam, AdamW
 
 from ntk_callbacks import Probe
 from ntk_callbacks.errors import ProbeError, UnsupportedModelError
 from ntk_callbacks.instruments.prediction import PredictionInstrument
+from ntk_callbacks.instruments.probe_loss import _suggestion
 
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 
@@ -469,10 +471,10 @@ def test_real_targets_do_not_say_what_loss_is_trained():
     with pytest.warns(UserWarning, match="only outputs are compared. Pass loss_fn"):
         assert instrument.measure(network(), 0).scalars == {}
     assert instrument.measure(network(), 1).scalars == {}  # said once
-    tokens = PredictionInstrument()
-    tokens.start(probe(torch.zeros(5, 3, dtype=torch.long)))
+    shapeless = PredictionInstrument()
+    shapeless.start(probe(torch.zeros(5, 2, dtype=torch.long)))
     with pytest.warns(UserWarning, match=r"Pass loss_fn=lambda outputs, targets: …"):
-        assert tokens.measure(network(), 0).scalars == {}
+        assert shapeless.measure(network(), 0).scalars == {}
     single, net = PredictionInstrument(), nn.Sequential(network(), nn.Linear(3, 1))
     single.start(probe(torch.zeros(5)))
     with pytest.warns(UserWarning, match=r"\(outputs.view_as\(targets\), targets\)"):
@@ -481,6 +483,32 @@ def test_real_targets_do_not_say_what_loss_is_trained():
     strict.start(probe(torch.zeros(5, 3)))
     with pytest.raises(ProbeError, match="Leave it out"):
         strict.measure(network(), 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "expected"),
+    [
+        ((3, 2, 4), (3, 4), lambda f, y: cross_entropy(f, y)),
+        ((3, 4, 2), (3, 4), lambda f, y: cross_entropy(f.transpose(1, 2), y)),
+        ((3, 2, 4, 5), (3, 4, 5), lambda f, y: cross_entropy(f, y)),
+        ((3, 1), (3,), lambda f, y: yes_or_no(f[:, 0], y.double())),
+        ((3, 2), (3, 2), lambda f, y: yes_or_no(f, y.double())),
+        ((3, 4, 4), (3, 4), None),  # may be either
+        ((3, 4), (2,), None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8])
+def test_the_loss_that_is_suggested_fits_the_labels(shape, labels, expected, dtype):
+    f = torch.randn(shape, dtype=torch.float64)
+    y = (torch.rand(labels) > 0.5).to(dtype)
+    text = _suggestion(y, f)
+    if expected is None:
+        assert "…, the loss that is trained" in text
+    else:
+        found = eval(text.removesuffix(", or yours"))(f, y)
+        assert found.item() == pytest.approx(expected(f, y.long()).item())
+    if y.numel() != f.numel():  # real numbers are no labels
+        assert "…, the loss that is trained" in _suggestion(y.double(), f)
 
 
 @pytest.mark.parametrize(
