@@ -48,7 +48,7 @@ def _write(paths: Sequence[Path], output: Path) -> str:
     histories: dict[Path, RunHistory] = {}
     for folder in folders:
         try:
-            histories[folder] = load_history(folder)
+            histories[folder] = _readable(folder)
         except (OSError, ValueError) as error:
             if len(folders) == 1:
                 raise
@@ -60,8 +60,21 @@ def _write(paths: Sequence[Path], output: Path) -> str:
         {names[folder]: history for folder, history in histories.items()},
         {names[folder]: _overrides(folder) for folder in histories},
     )
-    output.write_text(page, encoding="utf-8")
+    # Names of folders may be no valid text.
+    output.write_text(page, encoding="utf-8", errors="replace")
     return f"{output}: {len(histories)} run{'s' * (len(histories) > 1)}"
+
+
+def _readable(folder: Path) -> RunHistory:
+    history, lost = load_history(folder).intact()
+    if lost:
+        print(
+            f"ntk-report: left out: spectra of {lost} measurement{'s' * (lost > 1)} in "
+            f"{str(folder)!r}, whose files are gone or damaged. Copy the whole folder "
+            "of a history.",
+            file=sys.stderr,
+        )
+    return history
 
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
@@ -114,7 +127,7 @@ def _overrides(folder: Path) -> str:
     path = folder / ".hydra" / "overrides.yaml"
     if not path.is_file():
         return ""
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8", errors="replace").splitlines()
     words = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return " ".join(["ntk-train", *words])
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from ntk_callbacks.cli_report import main, run_names
 from ntk_callbacks.record import Measurement
@@ -67,6 +68,39 @@ def test_run_without_a_measurement_is_left_out(capsys):
     output = capsys.readouterr()
     assert "1 run" in output.out
     assert re.search(r"left out: .*no complete measurement in 'runs/empty", output.err)
+
+
+def with_spectra(folder):
+    file = HistoryFile(Path(folder, FOLDER), "ntk")
+    for step in range(4):
+        vectors = {"ntk/eigenvalues_log10": torch.arange(3.0) + step}
+        file.append(Measurement(step, {"ntk/trace": 1.0 + step}, vectors), step - 1)
+    return Path(folder)
+
+
+def test_damaged_and_missing_files_cost_their_spectra_alone(capsys):
+    for name in ("whole", "torn", "copied"):
+        with_spectra(name)
+    spectrum = Path("torn", FOLDER, "ntk-00000003.safetensors")
+    spectrum.write_bytes(spectrum.read_bytes()[:-1])
+    for path in Path("copied", FOLDER).glob("*.safetensors"):
+        path.unlink()
+    main(["whole", "torn", "copied"])
+    found = capsys.readouterr()
+    assert found.out == "report.html: 3 runs\n"
+    assert "spectra of 1 measurement in 'torn', whose files are gone" in found.err
+    assert "spectra of 4 measurements in 'copied', whose files are gone" in found.err
+    assert "Copy the whole folder" in found.err
+    page = Path("report.html").read_text("utf-8")
+    for run, last in (("whole", 3), ("torn", 2)):
+        assert f"{run}, step {last}: " in page
+    assert "torn, step 3: " not in page
+    assert page.count(": 4 at 3</title>") == 3  # the traces
+
+
+def test_name_of_a_folder_that_is_no_valid_text():
+    main([str(made("run\udcff")), str(made("größe")), "-o", "odd.html"])
+    assert names_on(Path("odd.html").read_text("utf-8")) == ["run?", "größe"]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from ntk_callbacks.reporting.history_file import FOLDER
@@ -83,6 +83,20 @@ class RunHistory(Mapping[str, Series]):
 
     def __len__(self) -> int:
         return len(self.scalars) + len(self.vectors) + len(self.matrices)
+
+    def intact(self) -> tuple["RunHistory", int]:
+        """What can be read, where files are gone or damaged.
+
+        Returns:
+            A history without the vectors and matrices of measurements whose file cannot
+            be read, and how many measurements these are.
+        """
+        rows = [
+            row if _readable(row.file) else replace(row, vectors=(), matrices=())
+            for row in self._rows
+        ]
+        lost = sum(new is not old for new, old in zip(rows, self._rows, strict=True))
+        return RunHistory(self.folder, self.conventions, rows), lost
 
     def __repr__(self) -> str:
         steps = sorted({row.step for row in self._rows})
@@ -210,6 +224,16 @@ def _tensor(row: Row, tag: str) -> NDArray[Any]:
             f"is damaged ({error}). Copy the whole folder of a history."
         ) from error
     return array
+
+
+def _readable(file: Path | None) -> bool:
+    if file is None:
+        return True
+    try:
+        with safe_open(file, framework="np"):  # reads where tensors begin and end
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _steps(found: list[tuple[int, Any]]) -> NDArray[np.int64]:
