@@ -60,8 +60,12 @@ def _write(paths: Sequence[Path], output: Path) -> str:
         {names[folder]: history for folder, history in histories.items()},
         {names[folder]: _overrides(folder) for folder in histories},
     )
-    # Names of folders may be no valid text.
-    output.write_text(page, encoding="utf-8", errors="replace")
+    try:
+        # Names of folders may be no valid text.
+        output.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{str(output)!r} cannot be written: {why}.") from error
     return f"{output}: {len(histories)} run{'s' * (len(histories) > 1)}"
 
 

@@ -117,9 +117,18 @@ def test_no_run_is_told_in_one_line(words, message):
     assert not Path("report.html").exists()
 
 
-def test_page_that_cannot_be_written():
-    with pytest.raises(SystemExit, match=r"ntk-report: .*No such file"):
-        main([str(made("run")), "-o", "missing/report.html"])
+@pytest.mark.parametrize(
+    ("page", "why"),
+    [
+        ("missing/report.html", "No such file or directory"),
+        ("run", "Is a directory"),
+        ("/dev/full", "No space left on device"),
+    ],
+)
+def test_page_that_cannot_be_written(page, why):
+    words = f"^ntk-report: '{page}' cannot be written: {why}\\.$"
+    with pytest.raises(SystemExit, match=words):
+        main([str(made("run")), "-o", page])
 
 
 def test_help_says_what_a_run_is(capsys):

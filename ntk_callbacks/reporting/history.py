@@ -196,17 +196,22 @@ def _history_folder(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"load_history: there is no folder {str(path)!r}.")
     for folder in (path / FOLDER, path):
-        if any(folder.glob("*.jsonl")):
+        if _has_lines(folder):
             return folder
-    below = [str(found) for found in history_folders(path)]
-    hint = (
-        f" There are some below it: {', '.join(below[:5])}."
-        if below
-        else " Monitors write one beside the logger, or where history=<folder> says."
-    )
+    runs = [found for found in history_folders(path) if _has_lines(found / FOLDER)]
+    if runs:
+        hint = f"There are some below it: {', '.join(map(str, runs[:5]))}."
+    elif FOLDER in (path.name, *(found.name for found in path.iterdir())):
+        hint = "It is empty: the run ended before its first measurement was written."
+    else:
+        hint = "Monitors write one beside the logger, or where history=<folder> says."
     raise FileNotFoundError(
-        f"load_history: {str(path)!r} holds no {FOLDER} with measurements.{hint}"
+        f"load_history: {str(path)!r} holds no {FOLDER} with measurements. {hint}"
     )
+
+
+def _has_lines(folder: Path) -> bool:
+    return any(folder.glob("*.jsonl"))
 
 
 def _tensor(row: Row, tag: str) -> NDArray[Any]:

@@ -275,6 +275,14 @@ def test_folder_without_a_history():
         load_history("empty")
 
 
+@pytest.mark.parametrize("folder", ["run", "run/ntk_history"])
+def test_history_without_any_file(folder):
+    Path("run", FOLDER).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="before its first measurement") as info:
+        load_history(folder)
+    assert "below it" not in str(info.value)
+
+
 def test_folder_of_runs_says_where_they_are():
     written([0], "runs/a")
     written([0], "runs/b")
