@@ -28,7 +28,7 @@ def cka(
 
     Example:
         >>> cka(torch.eye(3), 2 * torch.eye(3))
-        tensor(1.0000)
+        tensor(1.)
 
     References:
         Cortes, Mohri, Rostamizadeh 2012, arXiv:1203.0550.
@@ -43,7 +43,7 @@ def cka(
         for side in (kernel, reference)
     )
     lengths = frobenius_norm(first) * frobenius_norm(second)
-    return (first * second).sum() / lengths
+    return ((first * second).sum() / lengths).clamp(-1.0, 1.0)
 
 
 def centered(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

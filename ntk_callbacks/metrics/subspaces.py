@@ -104,7 +104,8 @@ def subspace_overlap(
         Gur-Ari, Roberts, Dyer 2018, arXiv:1812.04754 (overlap of top eigenspaces).
     """
     basis, reference = _bases("subspace_overlap", basis, reference)
-    return (reference.mT @ basis).square().sum() / basis.shape[1]
+    mean = (reference.mT @ basis).square().sum() / basis.shape[1]
+    return mean.clamp(max=1.0)
 
 
 def _bases(who: str, basis: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,14 @@ def test_cka_of_a_kernel_with_itself_is_one():
     assert cka(k, 3 * k).item() == pytest.approx(1, rel=1e-14)
 
 
+def test_cka_never_leaves_its_interval():
+    torch.manual_seed(0)
+    for _ in range(30):
+        k = positive(9).float()
+        assert 0.999 < cka(k, 3 * k) <= 1
+        assert -1 <= cka(k, -k) < -0.999
+
+
 def test_cka_is_blind_to_scale_shift_and_common_permutation():
     k, m = positive(), positive()
     value = cka(k, m).item()

@@ -80,3 +80,11 @@ def test_as_many_directions_as_there_are():
         top_directions(torch.eye(3), 4)
     with pytest.raises(ValueError, match="k ≤ m"):
         principal_angles(torch.eye(2, 3), torch.eye(2, 3))
+
+
+def test_overlap_with_itself_is_at_most_one():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        for k in range(1, 9):
+            basis = torch.linalg.qr(torch.randn(20, k, dtype=dtype)).Q
+            assert 0.999 < subspace_overlap(basis, basis) <= 1
