@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from ntk_callbacks.callbacks.ending import weight_sums
 from ntk_callbacks.callbacks.hugging_face_run import HuggingFaceRun
 from ntk_callbacks.callbacks.monitor import Monitor
+from ntk_callbacks.instruments.kernel_stability import unwrapped
 
 _FILE = "ntk_callbacks.pt"
 
@@ -90,8 +91,7 @@ class NTKTrainerCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, **given: Any
     ) -> None:
         """What a monitor foretells of the update; gradients are clipped by now."""
-        optimizer = given["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        (optimizer,) = unwrapped([given["optimizer"]])
         self._tell("on_before_optimizer_step", state, control, given, optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ntk_callbacks.instruments.kernel_stability import unwrapped
+
 
 class HuggingFaceRun:
     """What monitors ask a Lightning trainer for, answered from a Trainer's state.
@@ -51,8 +53,7 @@ class HuggingFaceRun:
         self.is_global_zero = state.is_world_process_zero
         self.should_stop = control.should_training_stop
         self.train_dataloader = loader = given["train_dataloader"]
-        optimizer = given["optimizer"]
-        self.optimizers = [getattr(optimizer, "optimizer", optimizer)]
+        self.optimizers = unwrapped([given["optimizer"]])
         try:
             updates = math.ceil(len(loader) / self.accumulate_grad_batches)
         except TypeError:  # a stream: the Trainer takes all of it for one epoch

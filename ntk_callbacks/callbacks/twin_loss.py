@@ -66,6 +66,8 @@ class TwinLoss:
             return
         (optimizer,) = trainer.optimizers
         held = held_gradients(pl_module, optimizer)  # others pile up from step to step
+        if not held:
+            return
         scaler = gradient_scaler(trainer)
         by = weight * scaler.get_scale() if scaler else weight
         gap = self._gap(held, expected, by)

@@ -64,6 +64,14 @@ class TwinTraining:
                 "cannot follow. Train it by hand beside the network: "
                 "`dynamics.linearize` makes one."
             )
+        groups = [group for o in trainer.optimizers for group in o.param_groups]
+        held = {id(p) for group in groups for p in group["params"]}
+        if held.isdisjoint(map(id, pl_module.parameters())):
+            raise UnsupportedModelError(
+                f"the optimizer of the trainer holds no parameter of {who}, which is "
+                "stepped elsewhere, where a linearized twin cannot follow. Train it by "
+                "hand beside the network: `dynamics.linearize` makes one."
+            )
         if trainer.world_size > 1:
             raise UnsupportedModelError(
                 f"{trainer.world_size} processes average their gradients, but a "

@@ -13,6 +13,9 @@ from ntk_callbacks.dynamics.optimizer_scaling import SCALINGS, optimizer_scaling
 from ntk_callbacks.dynamics.stability import learning_rate_limit
 from ntk_callbacks.functional import select_parameters
 
+# Classes around the optimizer of a user that step it and do no more.
+_WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
+
 
 @dataclass(frozen=True, slots=True)
 class StabilityLimit:
@@ -134,8 +137,15 @@ def trains_just(
 
 
 def unwrapped(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """The optimizers inside those of Lightning and Fabric."""
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    """The optimizers inside those of Lightning, Fabric and accelerate."""
+    return [_unwrapped(optimizer) for optimizer in optimizers]
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    # Not those inside others, such as Lookahead, which do more than to step them.
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    held: Optimizer = optimizer.optimizer if kinds & _WRAPPERS else optimizer
+    return held
 
 
 def _unknown(optimizer: Optimizer, group: dict[str, Any]) -> bool:

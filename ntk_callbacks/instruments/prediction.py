@@ -188,13 +188,14 @@ class PredictionInstrument:
         if pending is not None and pending.step != step:
             pending = None
         found: dict[str, Tensor | float] = {}
+        if pending is not None:  # before a forward pass that may write to the weights
+            found[f"{self.name}/step_error"] = pending.error(model)
         with measuring(model, self.mode):
             after = probe_outputs(model, self._probe.inputs, self.output_fn)
             loss_fn, y = self._loss(self._probe, after)
             if loss_fn is not None:
                 found[f"{self.name}/loss"] = loss_value(loss_fn, after, y)
             if pending is not None:
-                found[f"{self.name}/step_error"] = pending.error(model)
                 before, changes = self._compared(model, self._probe, pending, after)
                 scores = output_scores(changes)
                 if loss_fn is not None:

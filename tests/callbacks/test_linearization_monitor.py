@@ -506,6 +506,22 @@ class Sharp(Plain):
         return Ascending(self.parameters(), 0.1)
 
 
+class Elsewhere(Plain):
+    """Each parameter is stepped as soon as its gradient is there."""
+
+    def setup(self, stage):
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self.step)
+
+    @staticmethod
+    def step(parameter):
+        parameter.data -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    def configure_optimizers(self):
+        return SGD([torch.zeros(1, requires_grad=True)], 0.1)
+
+
 class Reconstructing(Plain):
     def training_step(self, batch, batch_idx):
         return (self(batch[0]) - batch[0][:, :2]).square().mean()
@@ -534,6 +550,7 @@ def triples():
         (Manual, {}, "Manual optimizes manually"),
         (Closed, {}, r"LBFGS.*without a closure"),
         (Sharp, {}, "Ascending evaluates the loss more than once"),
+        (Elsewhere, {}, "holds no parameter of Elsewhere"),
         (Reconstructing, {"train": unlabeled}, "cannot tell the targets"),
         (Unknown, {"train": triples}, "cannot tell inputs from targets"),
     ],

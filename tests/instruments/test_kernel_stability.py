@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +25,14 @@ def edge(net, optimizers, targets=Y, loss=None, **settings):
     instrument.start(Probe(X, targets))
     found = instrument.measure(net, 0).scalars
     return [found.get(f"ntk/{name}") for name in NAMES]
+
+
+def fabric_optimizer(net, optimizer):
+    return Fabric(accelerator="cpu", devices=1).setup(net, optimizer)[1]
+
+
+def lightning_optimizer(net, optimizer):
+    return LightningOptimizer(optimizer)
 
 
 def hessian(net, loss_fn, targets):
@@ -179,6 +189,21 @@ def test_what_no_optimizer_moves_has_no_share():
     assert found[0] == pytest.approx(top, rel=1e-9)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Does more than to step what it holds, unlike a wrapper of a trainer."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("wrapper", [lightning_optimizer, fabric_optimizer])
+def test_wrappers_of_trainers_are_looked_into(wrapper):
+    net = nn.Linear(D, C).double()
+    _, limit, _ = edge(net, [wrapper(net, torch.optim.SGD(net.parameters(), 0.1))])
+    assert limit == pytest.approx(20.0)
+
+
 def test_optimizers_without_a_known_limit():
     net = nn.Linear(D, C).double()
     weight, bias = net.weight, net.bias
@@ -191,6 +216,7 @@ def test_optimizers_without_a_known_limit():
         [],
         [torch.optim.Adamax(net.parameters())],
         [torch.optim.SGD(net.parameters(), 0.1, maximize=True)],
+        [Lookahead(torch.optim.SGD(net.parameters(), 0.1))],
         apart,
     ):
         sharpness, limit, ratio = edge(net, optimizers)

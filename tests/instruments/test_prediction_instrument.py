@@ -485,6 +485,18 @@ def test_real_targets_do_not_say_what_loss_is_trained():
         strict.measure(network(), 0)
 
 
+def test_weights_that_a_forward_pass_rewrites_do_not_count_against_the_step():
+    tokens = Probe(torch.arange(5), LABELS)
+    net = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 3)).double()
+    sgd, instrument = SGD(net.parameters(), 1.0), PredictionInstrument()
+    instrument.start(tokens)
+    cross_entropy(net(tokens.inputs), LABELS).backward()
+    instrument.predict(net, sgd, 1)
+    sgd.step()
+    assert net[0].weight.norm(dim=1).max() > 0.5
+    assert instrument.measure(net, 1).scalars["prediction/step_error"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("shape", "labels", "expected"),
     [
