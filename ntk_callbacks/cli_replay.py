@@ -140,7 +140,8 @@ def _scalars(replay: Replay, model: nn.Module, step: int) -> dict[str, float]:
         return replay.measure(model, step).scalars
     except Exception as error:
         name = type(replay.monitor).__name__
-        raise ValueError(f"{name}, step {step}: {error}") from error
+        words = " ".join([str(error), *getattr(error, "__notes__", [])])
+        raise ValueError(f"{name}, step {step}: {words}") from error
 
 
 def _subject(options: argparse.Namespace, run: Path, first: Path) -> Subject:
@@ -244,7 +245,14 @@ def _model(target: str, first: Path, trust: bool) -> nn.Module:
 def _called(found: Any, target: str, first: Path, trust: bool) -> Any:
     load: Callable[..., Any] | None = getattr(found, "load_from_checkpoint", None)
     if load is None:
-        return found()
+        try:
+            return found()
+        except Exception as error:  # of the user's code
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"--model {target!r} cannot be called ({why}). Give a function without "
+                "arguments that returns the model."
+            ) from error
     try:
         return load(first, map_location="cpu", weights_only=not trust)
     except (TypeError, RuntimeError) as error:

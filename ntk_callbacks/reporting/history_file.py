@@ -110,8 +110,10 @@ class HistoryFile:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             yield self._beginning(after, earlier)
-        except Exception:
+        except Exception as error:
             self._size = None  # something may be missing: look again next time
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(self.folder)  # a full disk does not say which
             raise
 
     def _beginning(self, after: int, earlier: Earlier) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def test_what_did_not_fit_is_added_when_there_is_room(large):
     file.append(taken[0], -1)
     file.append(taken[1], 0, history_of(taken[:1]))
     before = {path.name for path in file.folder.iterdir()}
-    with room_for(20_000), pytest.raises(OSError, match="File too large"):
+    with room_for(20_000), pytest.raises(OSError, match="too large: 'run/ntk_hist"):
         file.append(taken[2], 1, history_of(taken[:2]))
     assert steps_of("run") == [0, 1]
     left = {path.name for path in file.folder.iterdir()} - before
