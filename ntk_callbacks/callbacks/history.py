@@ -83,14 +83,13 @@ class MonitorHistory:
         Returns:
             Empty, or which file failed and why.
         """
-        folder: Path | None = None
         earlier = progress.history[:-1]
         after = progress.previous if earlier else self.since - 1
         try:
-            folder = run_folder(trainer, self.target)
-            if folder is None:
-                return []
-            if self._file is None or self._file.folder != folder / FOLDER:
+            if self._file is None:  # one place, though the working directory may change
+                folder = run_folder(trainer, self.target)
+                if folder is None:
+                    return []
                 name = self.instrument.name
                 self._file = HistoryFile(folder / FOLDER, name, self.matrices)
                 if not (earlier or self.since):
@@ -106,7 +105,8 @@ class MonitorHistory:
                 "the run, if that is possible by then; history=<folder> chooses "
                 "another place."
             )
-            return [(f"the history in {folder}", error)]
+            where = "this run" if self._file is None else str(self._file.folder.parent)
+            return [(f"the history in {where}", error)]
         self._failed = False
         self._spectra = [t for t in measurement.vectors if t.endswith(LOGARITHMS)]
         return []

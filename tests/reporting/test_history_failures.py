@@ -315,3 +315,14 @@ def test_a_folder_in_the_home_directory(monkeypatch, tmp_path):
 def test_a_folder_elsewhere_is_refused_before_any_training(where):
     with pytest.raises(ValueError, match="the path of a folder on this machine"):
         ParameterDriftMonitor(history=where)
+
+
+def test_a_program_that_changes_its_working_directory(tmp_path, monkeypatch):
+    class Moves(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                monkeypatch.chdir(tmp_path.parent)
+
+    fit(Plain(), [Moves(), drift(1)])
+    assert steps_of(tmp_path / "run", "params/displacement") == [*range(9)]
+    assert not Path("run").exists()
