@@ -1,5 +1,6 @@
 """The gradients that the optimizer of a Lightning run is about to see."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from ntk_callbacks.dynamics.optimizer_step import clipped_gradients
 from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.guard import quietly
 from ntk_callbacks.instruments.predicted_update import held_gradients
+from ntk_callbacks.metrics.drift import norm
 
 _CLIPPING = "configure_gradient_clipping"
 
@@ -149,6 +151,34 @@ def clipped_by_trainer(
             name: gradient.clone()
             for name, gradient in held_gradients(pl_module, optimizer).items()
         }
+
+
+def share_left(
+    trainer: Any, pl_module: Any, optimizer: Optimizer, gradients: Params
+) -> float:
+    """What part of the gradients clipping leaves.
+
+    Args:
+        trainer: Says how it clips.
+        pl_module: May clip in its own way.
+        optimizer: About to step.
+        gradients: Parameter name -> gradient, before clipping.
+
+    Returns:
+        A number in [0, 1], 1 where nothing is clipped; NaN where gradients change their
+        direction or it is not known: clipped by value, or by the module itself.
+    """
+    if not getattr(pl_module, "automatic_optimization", False):
+        return 1.0
+    if overrides(pl_module, _CLIPPING):
+        return math.nan
+    clipped = clipped_by_trainer(trainer, pl_module, optimizer, gradients)
+    if clipped is gradients:
+        return 1.0
+    whole, left = float(norm(gradients)), float(norm(clipped))
+    if trainer.gradient_clip_algorithm == "value":
+        return 1.0 if left == whole else math.nan
+    return left / whole if whole else 1.0
 
 
 def _outside(pl_module: Any, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:

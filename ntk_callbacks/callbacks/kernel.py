@@ -1,5 +1,6 @@
 """NTKMonitor: the empirical neural tangent kernel while a network trains."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 from ntk_callbacks._types import Grouping, OutputFunction, Outputs, ParameterFilter
 from ntk_callbacks.callbacks.as_schedule import Every
 from ntk_callbacks.callbacks.failures import OnError
-from ntk_callbacks.callbacks.gradients import skips_step
+from ntk_callbacks.callbacks.gradients import share_left, skips_step
 from ntk_callbacks.callbacks.history import History
 from ntk_callbacks.callbacks.loss_check import LossCheck
 from ntk_callbacks.callbacks.monitor import Monitor
@@ -153,17 +154,28 @@ class NTKMonitor(Monitor):
         """Note the learning rate, if a decay is to be predicted from it.
 
         Of a step that moves nothing too: a gradient scaler skips it, or `training_step`
-        returned no loss.
+        returned no loss. Of one that is clipped, how far it goes.
         """
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if "residual_modes" in self.instrument.metrics and self._active(trainer):
             # A step after the last one: what was measured there is taken back first.
             self._take_back()
             self.instrument.optimizers = tuple(trainer.optimizers)
-            gradients = held_gradients(pl_module, optimizer)
-            skipped = skips_step(trainer, pl_module, gradients, self._differentiated)
-            self.instrument.count_step(skipped=skipped or not gradients)
+            self.instrument.count_step(share=self._share(trainer, pl_module, optimizer))
             self.instrument.optimizers = ()
+
+    def _share(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> float:
+        """What part of its gradient the next step goes by."""
+        given = trainer, pl_module
+        try:
+            gradients = held_gradients(pl_module, optimizer)
+            if not gradients or skips_step(*given, gradients, self._differentiated):
+                return 0.0
+            return share_left(*given, optimizer, gradients)
+        except Exception:  # of gradients of a strange kind, say: no reason to stop
+            if self.failures.on_error == "raise":
+                raise
+            return math.nan
 
     def _measure(self, trainer: Any, pl_module: Any, scheduled: bool = True) -> None:
         # Not kept: a monitor that is sent to another process would take them along.

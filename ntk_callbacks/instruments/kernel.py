@@ -140,17 +140,18 @@ class KernelInstrument:
             return self._without_matrix(model, self._probe, step)
         return self._with_matrix(model, self._probe, step)
 
-    def count_step(self, *, skipped: bool = False) -> None:
+    def count_step(self, *, share: float = 1.0) -> None:
         """Note the learning rate of the update that `optimizers` are about to make.
 
         For `residual_modes`, whose predicted decay is then right for rates that change.
         Without it every update since the last measurement counts with the rate now.
 
         Args:
-            skipped: Whether the update is going to move nothing.
+            share: What part of the gradient the update goes by: 0 if it is skipped,
+                less than 1 if it is clipped, NaN if that is not known.
         """
-        rate = 0.0 if skipped else descent_rate(unwrapped(self.optimizers))
-        self._modes.step(rate)
+        rate = descent_rate(unwrapped(self.optimizers)) if share else 0.0
+        self._modes.step(None if rate is None else rate * share)
 
     def _with_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
         request = self._request(self._outputs)

@@ -101,6 +101,25 @@ def test_decays_leave_out_updates_that_move_nothing(every, model, settings):
         assert (measured == [1.0] * len(measured)) == (every == 1 and step == 2)
 
 
+@pytest.mark.parametrize(("limit", "clipped"), [(0.3, True), (1e3, False)])
+@pytest.mark.parametrize("rule", ["norm", "value", "own"])
+def test_decays_of_clipped_steps_are_right_or_unknown(limit, clipped, rule):
+    class Own(Regression):
+        def configure_gradient_clipping(self, optimizer, **_):
+            nn.utils.clip_grad_norm_(self.parameters(), limit)
+
+    used, model = ntk(2), Own() if rule == "own" else Regression()
+    settings = {"gradient_clip_val": limit, "gradient_clip_algorithm": rule}
+    settings = {} if rule == "own" else settings
+    fit(model, [used], train=batches(4), max_epochs=1, **settings)
+    for step in (2, 4):
+        measured, predicted = (decays(used, w, step) for w in ("measured", "predicted"))
+        if rule == "own" or (clipped and rule == "value"):
+            assert all(map(math.isnan, predicted))
+        else:
+            assert predicted == pytest.approx(measured, rel=2e-4)
+
+
 @pytest.mark.filterwarnings("ignore:.*returned `None`")  # Lightning, once a process
 def test_a_scaler_skips_steps_without_a_last_loss_though_others_wait():
     class Late(Dropping):
