@@ -259,7 +259,7 @@ def test_loss_spikes_are_seen_where_each_loss_is_logged():
     assert "prediction/loss_change_optimizer" not in rows[5]
     same(trace(run), trace(spiky(factors, [])))
     # At the end of an epoch and of the run an update is due already.
-    run = spiky({6: 50.0, 9: 1e4}, [NTKTrainerCallback(drift)])
+    run = spiky({6: 50.0, 9: 1e4}, [NTKTrainerCallback(drift)], output_dir="again")
     assert [*measured(run)] == [0, 3, 6, 9]
 
 
@@ -330,6 +330,7 @@ def test_stopped_by_another_callback():
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=True,
+        output_dir="patient",
     )
     assert run.state.global_step == 6
     # The best weights, of another step, are in the model when the training ends.
@@ -385,7 +386,8 @@ def test_references_of_other_weights_are_not_read():
 def test_second_training_starts_afresh():
     callback = NTKTrainerCallback(ParameterDriftMonitor("epoch"))
     run = train([callback])
-    run.train()
+    with pytest.warns(UserWarning, match="the measurements of another run"):
+        run.train()
     assert [step for step, _ in callback.monitors[0].history] == [0, 3, 6, 9]
 
 
@@ -418,7 +420,7 @@ def test_half_precision_arithmetic_is_left_aside():
     rows = []
     for bf16 in (True, False):
         callback = NTKTrainerCallback(NTKMonitor(4, 100, on_error="raise"))
-        run = train([callback], bf16=bf16)
+        run = train([callback], bf16=bf16, output_dir=f"bf16={bf16}")
         assert ("_original_forward" in vars(run.model)) == bf16
         rows.append(measured(run)[0])
         if bf16:
