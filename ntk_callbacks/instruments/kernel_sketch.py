@@ -96,7 +96,17 @@ def _trace(sketch: KernelSketch) -> Tensor:
 
 
 def _trace_error(sketch: KernelSketch) -> Tensor:
-    return sketch.traces.std().div(len(sketch.traces) ** 0.5)
+    # 2 Σ_{i≠j} Θᵢⱼ²/s, with Σ Θᵢᵢ² as small as the trace allows. ‖Θ‖² comes from every
+    # entry of the images; the spread of two traces is far too small half of the time.
+    m, count = sketch.images.shape
+    squares = _squares(sketch) - sketch.traces.mean().square() / m
+    return squares.clamp(min=0).mul(2 / count).sqrt()
+
+
+def _squares(sketch: KernelSketch) -> Tensor:
+    """Estimate of ‖Θ‖²."""
+    images = widened(sketch.images)
+    return torch.sum(images * images) / images.shape[1]
 
 
 def _eigenvalue_max(sketch: KernelSketch) -> Tensor:
@@ -104,9 +114,7 @@ def _eigenvalue_max(sketch: KernelSketch) -> Tensor:
 
 
 def _participation_ratio(sketch: KernelSketch) -> Tensor:
-    images = widened(sketch.images)
-    squares = torch.sum(images * images) / images.shape[1]
-    return sketch.traces.mean().square().div(squares)
+    return sketch.traces.mean().square().div(_squares(sketch))
 
 
 def _relative_change(sketch: KernelSketch) -> Tensor:
