@@ -8,6 +8,7 @@ process register one such device for good: use it in a process of its own.
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -37,8 +38,7 @@ class _Backend(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-backend_registration._setup_privateuseone_for_python_backend("pretend", _Backend())
-DEVICE = torch.device("pretend", 0)
+DEVICE = torch.device("privateuseone", 0)
 
 
 class Far(torch.Tensor):
@@ -146,8 +146,16 @@ class _Lists(TorchFunctionMode):
 @contextmanager
 def pretended():
     """The device is there."""
+    _register()
     with _Operators(), _Lists():
         yield
+
+
+@cache
+def _register():
+    backend_registration._setup_privateuseone_for_python_backend(
+        backend_module=_Backend()
+    )
 
 
 def far(model):

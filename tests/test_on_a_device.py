@@ -56,4 +56,4 @@ def test_mixing_would_be_seen(tmp_path):
         text=True,
         timeout=200,
     )
-    assert "of tensors on pretend:0 and on the CPU" in done.stderr
+    assert "of tensors on privateuseone:0 and on the CPU" in done.stderr
