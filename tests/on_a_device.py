@@ -10,7 +10,7 @@ from cases import BY_ID
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from pretend_device import DEVICE, far, moved, pretended
+from pretend_device import DEVICE, far, moved, pretended, register
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -166,6 +166,7 @@ def numbers(history):
 
 
 if __name__ == "__main__":
+    register()
     names = sys.argv[1:]
     found = {name: kernels(name) for name in names} if names else runs()
     print(json.dumps(found))

@@ -8,7 +8,6 @@ process register one such device for good: use it in a process of its own.
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import nn
@@ -143,19 +142,16 @@ class _Lists(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def register():
+    """Make the device known, before anything is differentiated in this process."""
+    backend_registration._setup_privateuseone_for_python_backend("pretend", _Backend())
+
+
 @contextmanager
 def pretended():
     """The device is there."""
-    _register()
     with _Operators(), _Lists():
         yield
-
-
-@cache
-def _register():
-    backend_registration._setup_privateuseone_for_python_backend(
-        backend_module=_Backend()
-    )
 
 
 def far(model):

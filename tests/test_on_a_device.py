@@ -4,6 +4,7 @@ On a pretended device, see there, so that machines without any show it.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 SCRIPT = Path(__file__).parent / "on_a_device.py"
+ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # torch takes one kind of device
 CASES = ["bilinear", "conv_transpose", "embedding", "resnet_train", "transformer"]
 
 
@@ -18,6 +20,7 @@ def output(folder, *words):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words],
         cwd=folder,
+        env=ALONE,
         timeout=500,
         capture_output=True,
         text=True,
@@ -46,14 +49,15 @@ def test_all_monitors_log_what_they_log_on_the_cpu(tmp_path):
 
 def test_mixing_would_be_seen(tmp_path):
     script = (
-        "import torch; from pretend_device import *\n"
+        "import torch; from pretend_device import *; register()\n"
         "with pretended(): torch.ones(2).to(DEVICE) + torch.ones(2)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=SCRIPT.parent,
+        env=ALONE,
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert "of tensors on privateuseone:0 and on the CPU" in done.stderr
+    assert "of tensors on pretend:0 and on the CPU" in done.stderr
