@@ -26,7 +26,7 @@ class SegmentSpectra:
     Exact where the Jacobian is formed: r ≤ 256, and all examples fit into 2²⁶ numbers.
     Beyond that it is only multiplied with: ⟨s²⟩ = E‖Jᵀz‖²/r over 16 vectors z of random
     signs, a relative error of √(2/16r_eff) or less, r_eff the participation ratio of
-    s²; s_max and s_min by `extreme_singular_values` with 64 steps, NaN where these have
+    s²; s_max and s_min by `extreme_singular_values`, ≤ 64 steps, NaN where these have
     not brought the residual below 10⁻³ s: s_max seldom, s_min often.
 
     Args:
@@ -73,7 +73,7 @@ def segment_spectra(
         examples: How many examples have a Jacobian: the first ones.
         joint: Whether examples depend on one another.
         products: Whether the extremes of Jacobians too wide to be formed are looked
-            for, which takes 64 products each way; else these are NaN.
+            for, which takes up to 64 products each way; else these are NaN.
 
     Returns:
         k is the number of pairs.

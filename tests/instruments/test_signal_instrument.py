@@ -282,24 +282,34 @@ def test_gradients_of_the_loss():
 
 def test_numbers_of_every_layer_on_request():
     net = nn.ModuleDict({"a b": nn.Linear(6, 5), "out": nn.Linear(5, 2)}).double()
-    x = torch.randn(4, 6).double()
+    x, y = torch.randn(4, 6).double(), torch.randn(4, 2).double()
     found = measured(
         net,
         x,
+        y,
         output_fn=lambda m, x: m["out"](m["a b"](x).tanh()),
+        gradient_of="loss",
         per_layer=True,
         name="signal/x",
     ).scalars
-    layers = {tag for tag in found if tag.startswith("signal/x_layers/")}
-    assert layers == {
-        f"signal/x_layers/{what}/{layer}"
-        for what in ("q", "c", "gradient_square")
-        for layer in ("a_b", "out")
-    } | {"signal/x_layers/chi/a_b"}
-    assert found["signal/x_layers/chi/a_b"] == found["signal/x/chi"]
-    h = net["a b"](x).detach()
-    assert found["signal/x_layers/q/a_b"] == pytest.approx(float(h.square().mean()))
-    assert found["signal/x/q_first"] == found["signal/x_layers/q/a_b"]
+    h = net["a b"](x).detach().requires_grad_()
+    f = net["out"](h.tanh())
+    (by_h,) = torch.autograd.grad((f - y).square().sum() / 2, [h])
+    ratio = by_h.square().sum() / (f - y).square().sum()
+    expected = {"chi/a_b": ratio.item()}
+    for layer, signal, gradient in (("a_b", h, by_h), ("out", f, f - y)):
+        cosines = functional.cosine_similarity(signal[:, None], signal[None], dim=-1)
+        expected |= {
+            f"q/{layer}": signal.square().mean().item(),
+            f"c/{layer}": (cosines.sum().item() - 4) / 12,
+            f"gradient_square/{layer}": gradient.square().mean().item(),
+        }
+    layers = {
+        tag.removeprefix("signal/x_layers/"): value
+        for tag, value in found.items()
+        if tag.startswith("signal/x_layers/")
+    }
+    assert layers == pytest.approx(expected, **CLOSE)
 
 
 def test_curves_of_theory_neither_come_nor_go():
