@@ -2,7 +2,7 @@
 
 import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from functools import partial
@@ -18,6 +18,8 @@ _FOREIGN = {"_trainer", "_fabric"}
 # What every module has, and torch or the guard itself looks after.
 _REGISTRIES = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, list, tuple, set, deque)
+# Most of what modules hold (a dozen registries each), and known to be no records.
+_PLAIN = frozenset({*_CONTAINERS, OrderedDict})
 _MANY = 10_000  # items of a container beyond which they are not looked into
 
 
@@ -30,7 +32,8 @@ class Snapshot:
             v for part in modules for k, v in vars(part).items() if k not in _FOREIGN
         ]
         held = list(_reachable(own))
-        records = [value for value in held if _is_record(value)]
+        others = [value for value in held if type(value) not in _PLAIN]
+        records = [value for value in others if _is_record(value)]
         self._training = [(part, part.training) for part in modules]
         self._attributes = [
             (owner, dict(vars(owner))) for owner in [*modules, *records]
@@ -40,10 +43,10 @@ class Snapshot:
             for value in held
             if isinstance(value, dict | list | set | deque)
         ]
-        self._states = [state for value in held if (state := generator_state(value))]
-        self._arrays = [(value, value.copy()) for value in held if _is_array(value)]
+        self._states = [state for value in others if (state := generator_state(value))]
+        self._arrays = [(value, value.copy()) for value in others if _is_array(value)]
         tensors = [*module.parameters(), *module.buffers()]
-        tensors += [value for value in held if isinstance(value, Tensor)]
+        tensors += [value for value in others if isinstance(value, Tensor)]
         tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self._gradients = [
             (tensor, tensor.requires_grad, tensor.grad)
@@ -157,7 +160,7 @@ def _reachable(values: list[Any]) -> Iterator[Any]:
             continue
         seen.add(id(value))
         yield value
-        if _is_record(value):
+        if type(value) not in _PLAIN and _is_record(value):
             waiting.extend(vars(value).values())
         elif isinstance(value, _CONTAINERS) and len(value) <= _MANY:
             waiting.extend(value.values() if isinstance(value, dict) else value)

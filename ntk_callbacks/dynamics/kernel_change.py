@@ -20,7 +20,7 @@ from ntk_callbacks._types import (
 )
 from ntk_callbacks.engine.arguments import Request, check_choice
 from ntk_callbacks.engine.backward import graph_size, leaf_parameters
-from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
+from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.exact import gram
 from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.engine.problem import Problem
@@ -105,8 +105,6 @@ def kernel_change(
     )
     with measuring(model, mode), sdpa_kernel(SDPBackend.MATH):
         problem = request.problem(model, x1, x2)
-        for x in problem.sides:
-            refuse_randomness(problem.function, x)
         with _twice(model):
             return _contracted(problem, dict(step))
 
@@ -128,7 +126,7 @@ def _twice(model: nn.Module) -> Iterator[None]:
 
 def _contracted(problem: Problem, step: Params) -> Kernel:
     function, sizes = problem.function, problem.sizes
-    coupled = [problem.joint or is_coupled(function, x) for x in problem.sides]
+    coupled = [is_coupled(function, x, joint=problem.joint) for x in problem.sides]
     c, activations = graph_size(function, problem.x1)
     numbers = {name: tensor.numel() for name, tensor in function.params.items()}
     plan = passes(

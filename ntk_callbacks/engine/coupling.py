@@ -43,7 +43,9 @@ def refuse_randomness(function: ModelFunction, x: Inputs) -> None:
         )
 
 
-def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> bool:
+def is_coupled(
+    function: ModelFunction, x: Inputs, count: int | None = None, *, joint: bool = False
+) -> bool:
     """Whether the output of an example changes when it is run without its neighbors.
 
     True for BatchNorm on batch statistics, batches that are one graph, contrastive
@@ -53,25 +55,35 @@ def is_coupled(function: ModelFunction, x: Inputs, count: int | None = None) -> 
     at zero would tell nothing.
 
     Of n examples that are asked about, the first and the last are run alone, and all of
-    them in groups of √n: once with their neighbors, once in strides. Any two are apart
-    in one of these runs, at 2√n passes of which each is small. Outputs far from 0 hide
-    in their round-off what neighbors add to them, but not in their derivatives: those
-    of two examples by one another are taken as well.
+    them in √(2n) groups, each in two of them, no two in the same two: of any two
+    each is once run without the other. Outputs far from 0 hide in their round-off what
+    neighbors add to them, but not in their derivatives: those of two examples by one
+    another are taken as well. Chance changes outputs too, so it is looked for by itself
+    only where they change.
 
     Args:
         function: The model as it is measured.
         x: A batch.
         count: How many examples are asked about, the first ones; None for all.
+        joint: The batch is joint in any case: only chance is looked for.
 
     Returns:
         Whether any of these depends on the rest of the batch.
+
+    Raises:
+        UnsupportedModelError: If the outputs depend on chance.
     """
-    n = count or batch_size(x)
-    if batch_size(x) == 1:
+    if batch_size(x) > 1 and not joint and not _changes(function, x, count):
         return False
+    refuse_randomness(function, x)
+    return joint or batch_size(x) > 1
+
+
+def _changes(function: ModelFunction, x: Inputs, count: int | None) -> bool:
+    n = count or batch_size(x)
     here, noisy = function.params | function.fixed, beside(function)
     joint_here, joint_noisy = forward(function, x), _attempt(function, x, noisy)
-    tries = [(here, joint_here, group) for group in (slice(0, 1), slice(n - 1, n))]
+    tries = [(here, joint_here, group) for group in ([0], [n - 1])]
     if joint_noisy is None:
         tries += [(here, joint_here, group) for group in _groups(n)]
     else:
@@ -117,11 +129,15 @@ def _derivatives_meet(
         return False
 
 
-def _groups(n: int) -> list[slice]:
-    """Groups of examples of which any two are apart in one, and each is in some."""
-    size = math.isqrt(n - 1) + 1  # √n, rounded up
-    blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    return blocks + [slice(start, n, size) for start in range(min(size, n))]
+def _groups(n: int) -> list[list[int]]:
+    """Groups of examples such that of any two each is in one without the other."""
+    # Each is in two groups, and no two in the same two: k groups have k (k - 1) / 2
+    # pairs. Those of equal distance come one after another, so sizes are nearly equal.
+    k = math.isqrt(2 * n) + 1
+    k += k * (k - 1) // 2 < n
+    pairs = [(i, (i + d) % k) for d in range(1, k // 2 + 1) for i in range(k)][:n]
+    groups = [[i for i, pair in enumerate(pairs) if g in pair] for g in range(k)]
+    return [group for group in groups if group]
 
 
 def _round_off(joint: Float[Tensor, "n c"]) -> float:
@@ -176,16 +192,22 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _agree(apart: Tensor, joint: Tensor, least: float) -> bool:
     """Whether each example is close, on its own scale."""
-    pairs = zip(apart, joint, strict=False)
-    return apart.shape == joint.shape and all(_close(*pair, least) for pair in pairs)
+    if apart.shape != joint.shape:
+        return False
+    if apart.is_meta:
+        return True
+    scale = torch.nan_to_num(joint.abs(), nan=0.0, posinf=0.0).flatten(1).amax(1)
+    tolerance = (scale * torch.finfo(joint.dtype).eps ** 0.5).clamp(min=least)
+    same = (apart == joint) | (apart.isnan() & joint.isnan())
+    return bool((same | ((apart - joint).abs() <= tolerance[:, None])).all())
 
 
-def _close(first: Tensor, second: Tensor, least: float = 0.0) -> bool:
+def _close(first: Tensor, second: Tensor) -> bool:
     """Equal up to the round-off that another batch size or thread order causes."""
     if first.shape != second.shape:
         return False
     if first.is_meta:
         return True
     scale = torch.nan_to_num(second.abs(), nan=0.0, posinf=0.0).max()
-    tolerance = max(float(scale) * torch.finfo(first.dtype).eps ** 0.5, least)
+    tolerance = float(scale) * torch.finfo(first.dtype).eps ** 0.5
     return torch.allclose(first, second, rtol=0.0, atol=tolerance, equal_nan=True)

@@ -23,7 +23,7 @@ from ntk_callbacks.engine.backward import (
     graph_size,
     leaf_parameters,
 )
-from ntk_callbacks.engine.coupling import is_coupled
+from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
 from ntk_callbacks.engine.memory import passes
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
@@ -231,3 +231,23 @@ ROUTES: dict[str, Route] = {
     "rows": partial(contracted, jacobian=row_jacobian),
 }
 """Name -> how a kernel is computed. All give the same numbers."""
+
+
+def by_route(route: str, problem: Problem) -> dict[str, Kernel]:
+    """The parts of a kernel by an exact route.
+
+    Args:
+        route: A key of `ROUTES`.
+        problem: What to compute.
+
+    Returns:
+        One kernel for each part.
+
+    Raises:
+        UnsupportedModelError: If the route cannot go here, or the model draws random
+            numbers.
+    """
+    if problem.joint:  # else chance is found where neighbors are looked for
+        for x in problem.sides:
+            refuse_randomness(problem.function, x)
+    return ROUTES[route](problem)

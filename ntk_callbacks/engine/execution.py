@@ -45,7 +45,8 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
     """
     parts: dict[str, Kernel] = {}
     if plan.exact:
-        own = replace(problem.only(list(plan.exact)), budget=plan.budget)
+        own = problem.only(list(plan.exact))
+        own = replace(own, budget=plan.budget, joint=plan.coupled)
         parts = fallback(own)
     params = problem.function.params | problem.function.fixed
     for rows, columns, block in _blocks(plan, problem):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ntk_callbacks._types import Inputs, Mode, OutputFunction
 from ntk_callbacks.engine.backward import gradients_of, has_reentrant_checkpoint
-from ntk_callbacks.engine.coupling import forward, is_coupled, refuse_randomness
+from ntk_callbacks.engine.coupling import forward, is_coupled
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.engine.segment_jacobians import jacobians
 from ntk_callbacks.engine.segments import Place
@@ -149,7 +149,7 @@ def _jacobian_blocks(
     x = function.prepare(x)
     if batch_size(x) == 0:
         raise ValueError("input_jacobian: the inputs hold no example.")
-    refuse_randomness(function, x)
+    joint = is_coupled(function, x, joint=mode == "train")
     n, sources = batch_size(x), _floating(x)
     c = forward(function, x).shape[1]
     one = c * sum(t[0].numel() for t in sources) * function.dtype.itemsize
@@ -162,7 +162,6 @@ def _jacobian_blocks(
             "Raise `memory_budget` or measure fewer examples or outputs."
         )
     size = n if copies is None else min(n, budget // (copies * one))
-    joint = mode == "train" or is_coupled(function, x)
     for start in range(0, n, size):
         stop = min(start + size, n)
         if joint:

@@ -18,8 +18,7 @@ from ntk_callbacks._types import (
     Scaling,
 )
 from ntk_callbacks.engine.arguments import Request, check_choice
-from ntk_callbacks.engine.coupling import refuse_randomness
-from ntk_callbacks.engine.exact import ROUTES, fallback
+from ntk_callbacks.engine.exact import ROUTES, by_route, fallback
 from ntk_callbacks.engine.execution import run
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.planner import planned_for
@@ -139,10 +138,9 @@ def empirical_ntk(
         if isinstance(route, Plan):
             parts, _ = measured(problem, route.checked(problem))
         elif route == "auto":
-            parts, _ = measured(problem, new_plan(problem))
+            parts, _ = measured(problem, planned_for(problem))
         else:
-            _refuse_randomness(problem)
-            parts = ROUTES[route](problem)
+            parts = by_route(route, problem)
     return parts if by is not None else parts[""]
 
 
@@ -202,23 +200,7 @@ def plan_ntk(
     """
     request = Request(outputs, by, parameters, scaling, output_fn, mode, memory_budget)
     with measuring(model, mode):
-        return new_plan(request.problem(model, x1, x2))
-
-
-def new_plan(problem: Problem) -> Plan:
-    """A plan for a problem, after a look at what no plan could mend.
-
-    Args:
-        problem: The kernel, its model in the state it is measured in.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UnsupportedModelError: If the model draws random numbers.
-    """
-    _refuse_randomness(problem)
-    return planned_for(problem)
+        return planned_for(request.problem(model, x1, x2))
 
 
 def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
@@ -245,7 +227,7 @@ def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
             if planned_anew:
                 plan = plan.all_exact(f"it does something else each time ({change})")
             else:
-                plan, planned_anew = new_plan(problem), True
+                plan, planned_anew = planned_for(problem), True
             _log.info("%s: planned anew, because %s", plan.model, change)
         except Exception as error:
             if not _out_of_memory(error):
@@ -265,8 +247,3 @@ def _out_of_memory(error: Exception) -> bool:
         return True
     text = str(error)
     return "can't allocate memory" in text or "not enough memory" in text
-
-
-def _refuse_randomness(problem: Problem) -> None:
-    for x in problem.sides:
-        refuse_randomness(problem.function, x)

@@ -20,21 +20,25 @@ from ntk_callbacks.errors import UnsupportedModelError
 _log = logging.getLogger(__name__)
 
 
-def planned_for(problem: Problem) -> Plan:
+def planned_for(problem: Problem, *, here: bool = True) -> Plan:
     """The cheapest plan that stands the audit.
 
     Args:
         problem: The kernel it is made for.
+        here: Whether it is held against autograd at the parameters of the model, and
+            not only beside them; for plans whose kernels are audited anyway.
 
     Returns:
         A plan; parameters that no rule is right for are on an exact route.
 
     Raises:
-        UnsupportedModelError: If a parameter is reached past its attribute.
+        UnsupportedModelError: If a parameter is reached past its attribute, or the
+            model draws random numbers.
     """
     function, model = problem.function, problem.function.name
     names = list(problem.groups)
     n1, n2 = problem.sizes
+    coupled = [is_coupled(function, x, joint=problem.joint) for x in problem.sides]
     c = forward(function, problem.x1).shape[1]
     plan = Plan(
         model=model,
@@ -47,7 +51,7 @@ def planned_for(problem: Problem) -> Plan:
         terms=(),
         exact={},
         joint=problem.joint,
-        coupled=problem.joint or any(is_coupled(function, x) for x in problem.sides),
+        coupled=any(coupled),
         together=False,
         propagation=0.0,
         sweeps=(),
@@ -57,7 +61,6 @@ def planned_for(problem: Problem) -> Plan:
     if plan.coupled:
         return plan.all_exact("the examples depend on one another")
     pair = problem.at([0, -1]).x1
-    here = function.params | function.fixed
     try:
         noisy = beside(function)
         found = surveyed(function, noisy, pair, names)
@@ -72,7 +75,8 @@ def planned_for(problem: Problem) -> Plan:
         failed: dict[str, str] = {}
         if function.device.type != "meta":  # there, there is nothing to compare
             del found  # its graph takes memory
-            for seed, params in enumerate((noisy, here)):
+            proved = (noisy, function.params | function.fixed)[: 1 + here]
+            for seed, params in enumerate(proved):
                 failed |= failures(plan, problem, params, pair, seed)
     except UnsupportedModelError:
         raise

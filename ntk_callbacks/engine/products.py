@@ -22,7 +22,7 @@ from ntk_callbacks._types import (
 )
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.backward import graph_size
-from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
+from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.linearization import Linearization, examples_that_fit, split
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.pushforward import Way
@@ -121,8 +121,7 @@ class TangentOperator:
             self.dtype, self.device = function.dtype, function.device
             self._x: Inputs = map_tensors(Tensor.clone, problem.x1)
             self.n = batch_size(self._x)
-            refuse_randomness(function, self._x)
-            self._joint = problem.joint or is_coupled(function, self._x)
+            self._joint = is_coupled(function, self._x, joint=problem.joint)
             measured = self._x if self._joint else examples(self._x, 0, 1)
             self.c, activations = graph_size(function, measured)
             self._scale = self._flat_scale(problem)

@@ -10,10 +10,11 @@ from torch import nn
 from ntk_callbacks._types import Inputs, Kernel
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.audit import audit_error
-from ntk_callbacks.engine.exact import ROUTES
-from ntk_callbacks.engine.kernel import measured, new_plan
+from ntk_callbacks.engine.exact import by_route
+from ntk_callbacks.engine.kernel import measured
 from ntk_callbacks.engine.kernel_memory import KernelMemory
 from ntk_callbacks.engine.plan import Plan
+from ntk_callbacks.engine.planner import planned_for
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.guard import measuring
 
@@ -69,8 +70,9 @@ class KernelSeries:
         with measuring(model, request.mode):
             problem = request.problem(model, x, None)
             if self.route != "auto":
-                return ROUTES[self.route](problem), None
-            plan = self._known_plan(request, problem) or new_plan(problem)
+                return by_route(self.route, problem), None
+            plan = self._known_plan(request, problem)
+            plan = plan or planned_for(problem, here=False)  # that is audited below
             parts, plan = measured(problem, plan)
             error = audit_error(plan, problem, parts, seed)
             if error > 10 * torch.finfo(problem.function.dtype).eps ** 0.5:
@@ -79,7 +81,7 @@ class KernelSeries:
                     "planned and measured anew",
                     *(plan.model, seed, error),
                 )
-                parts, plan = measured(problem, new_plan(problem))
+                parts, plan = measured(problem, planned_for(problem))
                 error = audit_error(plan, problem, parts, seed)
             key = _key(request, problem)
             self._plans = [(k, p) for k, p in self._plans if k != key] + [(key, plan)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ntk_callbacks._types import Inputs, Mode, OutputFunction, Params
 from ntk_callbacks.engine.arguments import check_choice
 from ntk_callbacks.engine.backward import has_reentrant_checkpoint
-from ntk_callbacks.engine.coupling import is_coupled, refuse_randomness
+from ntk_callbacks.engine.coupling import is_coupled
 from ntk_callbacks.engine.layer_calls import batch_axes, watched
 from ntk_callbacks.engine.segments import Place
 from ntk_callbacks.errors import UnsupportedModelError
@@ -110,9 +110,8 @@ def opened(
         n = batch_size(x)
         if n == 0:
             raise ValueError("the inputs hold no example.")
-        refuse_randomness(function, x)
         count = n if count is None else min(count, n)
-        joint = mode == "train" or is_coupled(function, x, count)
+        joint = is_coupled(function, x, count, joint=mode == "train")
         yield Subject(function, x if joint else examples(x, 0, count), count, joint)
 
 

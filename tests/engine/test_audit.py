@@ -37,7 +37,8 @@ from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.audit import audit_error
 from ntk_callbacks.engine.batch_axis import BatchAxis, located
 from ntk_callbacks.engine.factors import Outer
-from ntk_callbacks.engine.kernel import measured, new_plan
+from ntk_callbacks.engine.kernel import measured
+from ntk_callbacks.engine.planner import planned_for
 from ntk_callbacks.engine.rules import RULES
 from ntk_callbacks.guard import measuring
 
@@ -489,7 +490,7 @@ def measurement(model, x, change=None, **arguments):
     """The parts of a kernel by a plan from before `change(model)`, and their audit."""
     request = Request(**arguments)
     with measuring(model, "eval"):
-        plan = new_plan(request.problem(model, x, None))
+        plan = planned_for(request.problem(model, x, None))
         if change is not None:
             change(model)
         problem = request.problem(model, x, None)

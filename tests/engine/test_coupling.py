@@ -166,5 +166,20 @@ def test_independence_is_seen_in_few_passes():
     assert not is_coupled(
         ModelFunction(nn.Linear(3, 2), output_fn=forward), torch.randn(64, 3)
     )
-    assert len(passes) <= 5 + 2 * 8
+    assert len(passes) <= 5 + 12  # 12 · 11 / 2 ≥ 64
     assert sum(passes) <= 4 * 64 + 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("route", ["auto", "rows"])
+def test_chance_is_told_from_neighbors(n, mode, route):
+    """Both change the output of an example; only one of them can be measured."""
+
+    def noisy(net, x):
+        return net(x) + torch.rand(len(x), 1)
+
+    with pytest.raises(UnsupportedModelError, match="draws random numbers"):
+        empirical_ntk(
+            nn.Linear(3, 2), torch.randn(n, 3), output_fn=noisy, mode=mode, route=route
+        )
