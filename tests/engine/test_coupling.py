@@ -183,3 +183,22 @@ def test_chance_is_told_from_neighbors(n, mode, route):
         empirical_ntk(
             nn.Linear(3, 2), torch.randn(n, 3), output_fn=noisy, mode=mode, route=route
         )
+
+
+@pytest.mark.parametrize("call", range(1, 24))
+def test_what_happens_once_in_many_passes_is_chance(call):
+    """As a layer that is dropped now and then: the pass in which it is tells of it."""
+    calls = []
+
+    def forward(net, x):
+        calls.append(len(x))
+        return net(x) + (1 if len(calls) == call else 0)
+
+    function = ModelFunction(nn.Linear(3, 2), output_fn=forward)
+    x = torch.randn(20, 3)
+    passes = 2 + 2 + 7  # joint, alone, groups: 7 · 6 / 2 ≥ 20
+    if call > passes:
+        assert not is_coupled(function, x)
+    else:
+        with pytest.raises(UnsupportedModelError, match="draws random numbers"):
+            is_coupled(function, x)
