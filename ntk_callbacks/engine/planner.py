@@ -16,6 +16,7 @@ from ntk_callbacks.engine.survey import Survey, surveyed
 from ntk_callbacks.engine.terms import Sizes, Term, overlapping, planned, with_biases
 from ntk_callbacks.engine.views import extent
 from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.nested import examples
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ def planned_for(problem: Problem, *, here: bool = True) -> Plan:
     names = list(problem.groups)
     n1, n2 = problem.sizes
     coupled = [is_coupled(function, x, joint=problem.joint) for x in problem.sides]
-    c = forward(function, problem.x1).shape[1]
+    # An independent example has as many outputs as the whole batch, for less.
+    enough = problem.x1 if any(coupled) else examples(problem.x1, 0, 1)
+    c = forward(function, enough).shape[1]
     plan = Plan(
         model=model,
         sizes=Sizes(c, n1, n2, problem.x2 is None, problem.outputs),
