@@ -113,28 +113,30 @@ def _single_tensor(result: Any, who: str) -> Tensor:
     )
 
 
-def flat_outputs(outputs: Tensor, n: int) -> Float[Tensor, "n c"]:
+def flat_outputs(outputs: Any, n: int) -> Float[Tensor, "n c"]:
     """Outputs `(n, ...)` as `(n, c)`.
 
     Args:
-        outputs: What the model returned.
+        outputs: What the model, or an `output_fn`, returned.
         n: Number of examples that went in.
 
     Returns:
         The same numbers, trailing axes flattened.
 
     Raises:
-        UnsupportedModelError: If the outputs are complex or integers, or their first
-            axis is not the batch.
+        UnsupportedModelError: If the outputs are no tensor, nor hold one that can be
+            told from others, are complex or integers, or their first axis is not the
+            batch.
     """
-    if not outputs.is_floating_point():
+    tensor = _single_tensor(outputs, "output_fn")
+    if not tensor.is_floating_point():
         raise UnsupportedModelError(
-            f"the outputs are {outputs.dtype}; a kernel needs real numbers. Pass "
+            f"the outputs are {tensor.dtype}; a kernel needs real numbers. Pass "
             "an `output_fn` that returns logits, or real and imaginary parts."
         )
-    if outputs.ndim == 0 or outputs.shape[0] != n:
+    if tensor.ndim == 0 or tensor.shape[0] != n:
         raise UnsupportedModelError(
-            f"the outputs have shape {tuple(outputs.shape)} for {n} examples; the "
+            f"the outputs have shape {tuple(tensor.shape)} for {n} examples; the "
             "first axis must be the examples. Pass an `output_fn` that puts it first."
         )
-    return outputs.reshape(n, -1)
+    return tensor.reshape(n, -1)

@@ -246,6 +246,20 @@ def test_inputs_that_forward_does_not_take(x, given):
     assert model({}, {"x": torch.ones(2, 3)}).shape == (2, 1)
 
 
+def test_an_output_fn_that_does_not_return_one_tensor():
+    def of(outputs):
+        model = ModelFunction(nn.Linear(3, 1), output_fn=lambda model, x: outputs(x))
+        return model({}, torch.ones(2, 3))
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"output_fn returned a tuple with 2 tensors \(0: "
+    ):
+        of(lambda x: (x, x))
+    with pytest.raises(UnsupportedModelError, match="output_fn returned a NoneType"):
+        of(lambda x: None)
+    assert of(lambda x: {"value": x}).shape == (2, 3)
+
+
 def test_type_errors_of_the_model_itself_are_told_as_they_are():
     model = Computed(lambda self, x: self.layer(x) + "no", layer=nn.Linear(3, 1))
     with pytest.raises(TypeError, match=r"unsupported operand|must be Tensor"):

@@ -105,8 +105,11 @@ def kernel_change(
     )
     with measuring(model, mode), sdpa_kernel(SDPBackend.MATH):
         problem = request.problem(model, x1, x2)
+        coupled = [
+            is_coupled(problem.function, x, joint=problem.joint) for x in problem.sides
+        ]
         with _twice(model):
-            return _contracted(problem, dict(step))
+            return _contracted(problem, dict(step), coupled)
 
 
 @contextmanager
@@ -124,9 +127,8 @@ def _twice(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _contracted(problem: Problem, step: Params) -> Kernel:
+def _contracted(problem: Problem, step: Params, coupled: list[bool]) -> Kernel:
     function, sizes = problem.function, problem.sizes
-    coupled = [is_coupled(function, x, joint=problem.joint) for x in problem.sides]
     c, activations = graph_size(function, problem.x1)
     numbers = {name: tensor.numel() for name, tensor in function.params.items()}
     plan = passes(

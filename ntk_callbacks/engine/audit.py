@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Kernel, Params
@@ -20,16 +19,6 @@ from ntk_callbacks.layout import symmetric
 
 _COMBINATIONS = 2  # of the outputs, drawn at random
 _PORTION = 2**22  # numbers of a row of J that are held at a time
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """Parameters, their kernel by the plan, how far it is off, whether by round-off."""
-
-    names: set[str]
-    kernel: Kernel
-    error: float
-    explained: bool
 
 
 def failures(
@@ -51,10 +40,10 @@ def failures(
         Parameter -> what was found; empty if the plan is right.
     """
     wrong: dict[str, str] = {}
-    for found in _compared(plan, problem, params, x, _mix(plan, problem, seed)):
-        if not found.explained:
-            reason = f"its kernel was off by {found.error:.1e} in an audit"
-            wrong |= dict.fromkeys(found.names, reason)
+    for names, error, explained in _compared(plan, problem, params, x, seed):
+        if not explained:
+            reason = f"its kernel was off by {error:.1e} in an audit"
+            wrong |= dict.fromkeys(names, reason)
     return wrong
 
 
@@ -75,47 +64,41 @@ def audit_error(
 
     Returns:
         Largest error of an entry Θ[i, j] in units of √(Θ[i, i] Θ[j, j]): some round-off
-        if all is well. NaN if the kernel is not finite, ∞ if the model has changed.
+        if all is well. NaN if the kernel is not finite, ∞ if the model has changed or
+        autograd gives a finite one.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(problem.sizes[0], generator=generator)[:2].sort().values
     some = replace(problem, x2=None).at(chosen.tolist())
     params = problem.function.params | problem.function.fixed
-    mix = _mix(plan, problem, seed)
     try:
-        compared = _compared(plan, problem, params, some.x1, mix)
-        errors = [found.error for found in compared]
+        errors = [
+            math.inf if math.isnan(error) and not explained else error
+            for _, error, explained in _compared(plan, problem, params, some.x1, seed)
+        ]
         if not plan.coupled and problem.x2 is None:
+            again = torch.stack(list(run(plan, some).values())).sum(0)
             whole = torch.stack(list(parts.values())).sum(0)
             place = chosen.to(whole.device)
-            block = whole[place][:, place]
-            if problem.outputs == "full" and compared and not plan.exact:
-                again = torch.stack([found.kernel for found in compared]).sum(0)
-                block = torch.einsum("ijkl,ka,lb->ijab", block, mix, mix)
-            else:  # combinations of the outputs would tell nothing of their sum
-                again = torch.stack(list(run(plan, some).values())).sum(0)
-            errors.append(_error(block - again, _norms(again, problem.outputs)))
+            difference = whole[place][:, place] - again
+            errors.append(_error(difference, _norms(again, problem.outputs)))
     except ChangedModelError:  # since the kernel was measured
         return math.inf
     found = torch.tensor([0.0, *errors], dtype=torch.double)
     return float(found.max())  # NaN if one of them is
 
 
-def _mix(plan: Plan, problem: Problem, seed: int) -> Float[Tensor, "c o"]:
-    """Random combinations of the outputs."""
-    c = plan.sizes.o
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(c, min(c, _COMBINATIONS), generator=generator)
-    return mix.to(problem.function.device, problem.function.dtype)
-
-
 def _compared(
-    plan: Plan, problem: Problem, params: Params, x: Inputs, mix: Float[Tensor, "c o"]
-) -> list[_Comparison]:
-    """The kernel of each group of parameters beside that by plain autograd."""
+    plan: Plan, problem: Problem, params: Params, x: Inputs, seed: int
+) -> list[tuple[set[str], float, bool]]:
+    """For each group of parameters: names, error, whether round-off explains it."""
     if not plan.names:
         return []
     function, names, outputs = problem.function, plan.names, problem.outputs
+    c = plan.sizes.o
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(c, min(c, _COMBINATIONS), generator=generator)
+    mix = mix.to(function.device, function.dtype)
     parts = _by_autograd(problem, params, x, names, mix)
     norms = {name: _norms(kernel, outputs) for name, kernel in parts.items()}
     whole = torch.stack(list(norms.values())).sum(0)
@@ -143,7 +126,7 @@ def _compared(
         floor = 1e3 * eps**1.5 * whole
         error = _error(kernel - expected, scale + floor)
         explained = error <= 10 * eps**0.5 or not expected.isfinite().all()
-        result.append(_Comparison(covered[name], kernel, error, bool(explained)))
+        result.append((covered[name], error, bool(explained)))
     return result
 
 

@@ -140,7 +140,8 @@ def signal_statistics(
         targets: None, class indices `(n,)`, or real targets of the size of the outputs.
         layers: None for linear and convolutional layers; a regular expression, searched
             in the names of these; types, or a predicate `(name, module)`, which alone
-            decide. Of recurrent layers the signals are the hidden states.
+            decide. Of recurrent layers the signals are the hidden states. With None
+            layers on which no output depends, as of another head, are left out.
         output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
 
@@ -196,12 +197,16 @@ def signal_statistics(
         if not signals:
             why = nothing_to_see(model, layers, "calls no layer that is chosen")
             raise UnsupportedModelError(why)
-    return SignalStatistics(
-        tuple(
-            replace(signal, gradient_square=_mean_square(gradient))
-            for signal, gradient in zip(signals, gradients, strict=True)
-        )
-    )
+    found = [
+        replace(signal, gradient_square=0.0 if g is _UNREACHED else _mean_square(g))
+        for signal, g in zip(signals, gradients, strict=True)
+    ]
+    if layers is None:  # a second head, say, is on no way to the outputs
+        on_the_way = [
+            s for s, g in zip(found, gradients, strict=True) if g is not _UNREACHED
+        ]
+        found = on_the_way or found
+    return SignalStatistics(tuple(found))
 
 
 def mean_correlation(covariance: Float[Tensor, "n n"]) -> float:
@@ -209,6 +214,9 @@ def mean_correlation(covariance: Float[Tensor, "n n"]) -> float:
     deviations = covariance.diagonal().sqrt()
     i, j = torch.triu_indices(len(deviations), len(deviations), offset=1)
     return float((covariance[i, j] / (deviations[i] * deviations[j])).mean())
+
+
+_UNREACHED = torch.zeros(0)  # the gradient by a signal on which no output depends
 
 
 def _every(_name: str, _parameter: nn.Parameter) -> bool:
@@ -296,5 +304,5 @@ def _gradients(number: Tensor, edges: list[GradientEdge | None]) -> list[Tensor 
     if known and number.requires_grad:
         rows = torch.autograd.grad(number, list(known.values()), allow_unused=True)
         for i, row in zip(known, rows, strict=True):
-            found[i] = number.new_zeros(1) if row is None else row
+            found[i] = _UNREACHED if row is None else row
     return found

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ntk_callbacks import empirical_ntk, plan_ntk
+from ntk_callbacks.engine import audit as auditing
 from ntk_callbacks.engine import survey
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.audit import audit_error
@@ -505,6 +506,22 @@ def measurement(model, x, change=None, **arguments):
 def audited(model, x, change=None, **arguments):
     with measurement(model, x, change, **arguments) as (_, audit):
         return audit()
+
+
+def test_a_rule_that_gives_nan_where_autograd_does_not_is_planned_anew(monkeypatch):
+    """Of a kernel that is not finite in truth the error is NaN, and it is kept."""
+    real = auditing.contracted_term
+
+    def broken(term, *args, **kwargs):
+        kernel = real(term, *args, **kwargs)
+        return kernel * torch.nan if term.name == "0.weight" else kernel
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(4, 3)
+    with measurement(model, x) as (_, found):
+        assert found() < 1e-4
+        monkeypatch.setattr(auditing, "contracted_term", broken)
+        assert found() == math.inf
 
 
 @pytest.mark.parametrize(

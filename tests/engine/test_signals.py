@@ -307,10 +307,31 @@ def test_gradients_that_do_not_flow():
         return self.head(x)
 
     parts = {name: nn.Linear(5, 5) for name in ("frozen", "aside", "head")}
-    found = signal_statistics(Computed(forward, **parts).double(), torch.tensor(X))
+    net = Computed(forward, **parts).double()
+    found = signal_statistics(net, torch.tensor(X), layers="")
     gradients = found.gradient_square.tolist()
     assert gradients == pytest.approx([math.nan, 0.0, 0.2], nan_ok=True)
     assert found.q.isfinite().all()
+    assert signal_statistics(net, torch.tensor(X)).names == ("frozen", "head")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_another_head_is_not_in_the_chain(first):
+    """It is called, but no output depends on it: χ of it would be infinite."""
+    trunk, heads = nn.Linear(5, 4), [nn.Linear(4, 3), nn.Linear(4, 2)]
+
+    def forward(self, x):
+        h = torch.tanh(self.trunk(x))
+        found = {i: self.heads[i](h) for i in (first, 1 - first)}
+        return found[0], found[1]
+
+    net = Computed(forward, trunk=trunk, heads=nn.ModuleList(heads)).double()
+    x = torch.tensor(X)
+    found = signal_statistics(net, x, output_fn=lambda net, x: net(x)[0])
+    assert found.names == ("trunk", "heads.0")
+    alone = signal_statistics(nn.Sequential(trunk, nn.Tanh(), heads[0]), x)
+    assert torch.equal(found.chi, alone.chi)
+    assert torch.equal(found.q, alone.q)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

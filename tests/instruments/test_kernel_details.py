@@ -137,7 +137,8 @@ def test_classes():
     between = [kernel[i, j] for i, j in pairs if CLASSES[i] != CLASSES[j]]
     ratio = np.mean(within) / np.mean(between)
     assert after.scalars["ntk/class_ratio"] == pytest.approx(ratio, **CLOSE)
-    _, real = drifted(names, probe=Probe(torch.tensor(X), torch.ones(N)))
+    with pytest.warns(UserWarning, match="class_blocks .* class_ratio"):
+        _, real = drifted(names, probe=Probe(torch.tensor(X), torch.ones(N)))
     assert not {"ntk/class_ratio"} & real.scalars.keys()
     assert [*real.matrices] == ["ntk/kernel"]
 
@@ -235,7 +236,9 @@ def test_no_gap_without_running_statistics():
         net = nn.Sequential(norm, nn.Linear(D, 2)).double()
         instrument = KernelInstrument(metrics=["batchnorm_gap"])
         instrument.start(PROBE)
-        assert [*instrument.measure(net, 0).scalars] == ["monitor/audit_error"]
+        with pytest.warns(UserWarning, match="with running statistics"):
+            scalars = instrument.measure(net, 0).scalars
+        assert [*scalars] == ["monitor/audit_error"]
 
 
 def classifier():
@@ -312,6 +315,32 @@ def test_one_example_and_one_output():
     _, found = all_of(net, sgd, probe=probe, options=options)
     assert np.isnan(found.scalars["ntk/drift_noise_floor"])
     assert found.scalars["ntk/sharpness"] == pytest.approx((X[0] @ X[0]) + 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "told"),
+    [
+        (["class_ratio", "trace"], {}, r"class_ratio \(one class for each example"),
+        (["sharpness"], {"outputs": "trace"}, r"sharpness \(a kernel with all outputs"),
+        (["batchnorm_gap"], {}, r"batchnorm_gap \(BatchNorm layers"),
+        (["residual_modes"], {}, r"residual_modes \(a kernel with all outputs"),
+    ],
+)
+def test_what_is_asked_for_and_cannot_be_measured_is_told_once(names, arguments, told):
+    instrument = KernelInstrument(metrics=names, **arguments)
+    instrument.start(Probe(torch.randn(4, 3)))
+    net = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=told) as caught:
+        instrument.measure(net, 0)
+    assert len(caught) == 1
+    assert "trace (" not in str(caught[0].message)
+    instrument.measure(net, 1)  # warnings are errors here
+
+
+def test_what_is_not_asked_for_by_name_is_left_out_in_silence():
+    instrument = KernelInstrument(metrics="all")
+    instrument.start(Probe(torch.randn(4, 3)))
+    assert "ntk/class_ratio" not in instrument.measure(nn.Linear(3, 2), 0).scalars
 
 
 def test_unknown_names_list_what_there_is():

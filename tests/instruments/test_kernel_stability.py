@@ -219,7 +219,8 @@ def test_optimizers_without_a_known_limit():
         [Lookahead(torch.optim.SGD(net.parameters(), 0.1))],
         apart,
     ):
-        sharpness, limit, ratio = edge(net, optimizers)
+        with pytest.warns(UserWarning, match=r"sharpness_limit \(.*edge of stability"):
+            sharpness, limit, ratio = edge(net, optimizers)
         assert sharpness == pytest.approx(top, rel=1e-9)
         assert limit is None
         assert ratio is None
