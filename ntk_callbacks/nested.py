@@ -108,7 +108,7 @@ def as_targets(targets: Any) -> Tensor | None:
     warnings.warn(
         f"the targets of the batch are a {type(targets).__name__}, not a tensor: they "
         "are left out, and with them whatever needs targets. Build the probe yourself "
-        "to have it: Probe(inputs, targets).",
+        "to have it, Probe(inputs, targets) with one tensor (n, ...) of targets.",
         stacklevel=4,
     )
     return None

@@ -291,7 +291,9 @@ def _refuse_arrays(inputs: Any, targets: Any) -> None:
             "tensor; pass torch.as_tensor(inputs)."
         )
     if targets is not None and not isinstance(targets, Tensor):
+        several = any(isinstance(part, Tensor) for part in parts(targets))
+        packed = "one tensor (n, ...) of all of them, and a `loss_fn` that parts them"
         raise ProbeError(
             f"Probe: the targets are a {type(targets).__name__}, not a tensor; pass "
-            "torch.as_tensor(targets)."
+            f"{packed if several else 'torch.as_tensor(targets)'}."
         )

@@ -611,17 +611,23 @@ def test_arguments_that_are_no_tensors(tmp_path):
 import numpy, torch
 from ntk_callbacks import Probe
 x = torch.zeros(2, 3)
-for arguments in [(x, [1, 2]), (x, numpy.zeros(2)), (numpy.zeros((2, 3)),)]:
+pair = (torch.zeros(2), torch.zeros(2, 4))
+for arguments in [
+    (x, [1, 2]), (x, numpy.zeros(2)), (numpy.zeros((2, 3)),), (x, pair)
+]:
     try:
         Probe(*arguments)
     except Exception as error:
         print(type(error).__name__, error)
 """
-    of_list, of_array, of_inputs = printed(code, tmp_path).splitlines()
+    of_list, of_array, of_inputs, of_pair = printed(code, tmp_path).splitlines()
     as_targets = r"pass torch\.as_tensor\(targets\)"
     assert re.match(rf"ProbeError.*targets are a list.*{as_targets}", of_list)
     assert re.match(rf"ProbeError.*targets are a ndarray.*{as_targets}", of_array)
     assert re.match(r"ProbeError.*hold a ndarray.*torch\.as_tensor", of_inputs)
+    assert re.match(
+        r"ProbeError.*targets are a tuple.*one tensor \(n, \.\.\.\)", of_pair
+    )
 
 
 def test_infinite_inputs_are_allowed(tmp_path):
