@@ -29,6 +29,7 @@ from ntk_callbacks.layout import widened
 from ntk_callbacks.nested import batch_size
 
 _SAMPLE = 1024  # entries of each layer's inputs and outputs that are kept
+_UNREACHED = torch.zeros(1)  # the gradient by a signal on which no output depends
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ def signal_statistics(
         model: Any module; left exactly as it was.
         x: n inputs: a tensor, or a nested tuple or mapping of tensors.
         targets: None, class indices `(n,)`, or real targets of the size of the outputs.
-        layers: None for linear and convolutional layers; a regular expression, searched
-            in the names of these; types, or a predicate `(name, module)`, which alone
-            decide. Of recurrent layers the signals are the hidden states. With None
-            layers on which no output depends, as of another head, are left out.
+        layers: None for the linear and convolutional layers that an output depends on;
+            a regular expression, searched in the names of all these; types, or a
+            predicate `(name, module)`, which alone decide. Of recurrent layers the
+            signals are the hidden states.
         output_fn: `(model, x) -> (n, ...)`; default `model(x)`.
         mode: `"eval"` or `"train"`, as in `empirical_ntk`.
 
@@ -197,16 +198,12 @@ def signal_statistics(
         if not signals:
             why = nothing_to_see(model, layers, "calls no layer that is chosen")
             raise UnsupportedModelError(why)
-    found = [
-        replace(signal, gradient_square=0.0 if g is _UNREACHED else _mean_square(g))
-        for signal, g in zip(signals, gradients, strict=True)
-    ]
+    pairs = list(zip(signals, gradients, strict=True))
     if layers is None:  # a second head, say, is on no way to the outputs
-        on_the_way = [
-            s for s, g in zip(found, gradients, strict=True) if g is not _UNREACHED
-        ]
-        found = on_the_way or found
-    return SignalStatistics(tuple(found))
+        pairs = [pair for pair in pairs if pair[1] is not _UNREACHED] or pairs
+    return SignalStatistics(
+        tuple(replace(s, gradient_square=_mean_square(g)) for s, g in pairs)
+    )
 
 
 def mean_correlation(covariance: Float[Tensor, "n n"]) -> float:
@@ -214,9 +211,6 @@ def mean_correlation(covariance: Float[Tensor, "n n"]) -> float:
     deviations = covariance.diagonal().sqrt()
     i, j = torch.triu_indices(len(deviations), len(deviations), offset=1)
     return float((covariance[i, j] / (deviations[i] * deviations[j])).mean())
-
-
-_UNREACHED = torch.zeros(0)  # the gradient by a signal on which no output depends
 
 
 def _every(_name: str, _parameter: nn.Parameter) -> bool:
@@ -267,10 +261,8 @@ def _mean_square(values: Tensor | None) -> float:
 def _number(outputs: Float[Tensor, "n c"], targets: Tensor | None) -> Tensor:
     """What is differentiated: a sum over the examples."""
     if targets is None:
-        generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(
-            outputs.shape, generator=generator, dtype=torch.float64
-        )
+        seeded = torch.Generator().manual_seed(0)
+        directions = torch.randn(outputs.shape, generator=seeded, dtype=torch.float64)
         units = nn.functional.normalize(directions, dim=1)
         return (outputs * units.to(outputs)).sum()
     targets = targets.detach().to(outputs.device)

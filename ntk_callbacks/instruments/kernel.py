@@ -25,13 +25,10 @@ from ntk_callbacks.instruments.instrument import (
     numbers,
     one_of,
 )
-from ntk_callbacks.instruments.kernel_details import (
-    chosen_metrics,
-    part_traces,
-    tell_missing,
-)
+from ntk_callbacks.instruments.kernel_details import chosen_metrics, part_traces
 from ntk_callbacks.instruments.kernel_loss import LossOfKernel
 from ntk_callbacks.instruments.kernel_modes import ResidualModes
+from ntk_callbacks.instruments.kernel_needs import tell_missing
 from ntk_callbacks.instruments.kernel_options import NTKOptions as NTKOptions
 from ntk_callbacks.instruments.kernel_sketch import (
     SKETCH_METRICS,
@@ -83,8 +80,7 @@ class KernelInstrument:
         self.outputs = outputs
         self._outputs: str | None = None if outputs == "auto" else outputs
         self.metrics = chosen_metrics(metrics, split=by is not None)
-        by_name = metrics != "all" and not isinstance(metrics, Mapping | None)
-        self._untold = [*self.metrics] if by_name else []
+        self._untold = metrics
         self.parameters = parameters
         self.by = by
         self.output_fn = output_fn
@@ -262,7 +258,7 @@ class KernelInstrument:
         matrices = {f"{name}/kernel": view.by_class}
         measured = {metric: function(view) for metric, function in self.metrics.items()}
         tell_missing(self._untold, measured)
-        self._untold = []
+        self._untold = None
         for metric, found in measured.items():
             if isinstance(found, Mapping):
                 scalars |= {f"{name}_{end}": value for end, value in found.items()}

@@ -1,7 +1,6 @@
 """What a kernel tells on demand: finer, or dearer, than what is always drawn."""
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -191,46 +190,6 @@ DETAILS: dict[str, KernelMetric] = {
 
 OF_PARTS = ("trace_share", "drift_share")
 """Those that need a kernel split by module, parameter or pattern."""
-
-_LOSS = "a kernel with all outputs, and targets in the probe whose loss is known"
-_EDGE = f"{_LOSS}; an optimizer whose edge of stability is known"
-_NEEDS = {
-    "target_alignment": "targets in the probe, numbers or one class for each example",
-    "off_diagonal_share": "a kernel with all outputs",
-    "max_learning_rate": "a kernel with all outputs",
-    "class_ratio": "one class for each example as targets in the probe",
-    "class_blocks": "one class for each example as targets in the probe",
-    "batchnorm_gap": "BatchNorm layers with running statistics",
-    "sharpness": _LOSS,
-    "sharpness_limit": _EDGE,
-    "sharpness_ratio": _EDGE,
-    "residual_modes": _LOSS,
-}
-"""Name -> what it takes to measure it, where that is not always there."""
-
-
-def tell_missing(asked: Iterable[str], found: Mapping[str, object]) -> None:
-    """Warn of metrics that a user named and that have no value here.
-
-    Args:
-        asked: Their names.
-        found: What was measured, by name; None or nothing where there is no value.
-    """
-    missing = [
-        f"{name} ({_NEEDS[name]})"
-        for name in asked
-        if name in _NEEDS and _is_nothing(found[name])
-    ]
-    if missing:
-        warnings.warn(
-            "NTKMonitor: not measured, for want of what they need: "
-            f"{'; '.join(missing)}.",
-            stacklevel=2,
-        )
-
-
-def _is_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, Mapping) and not value)
 
 
 def chosen_metrics(
