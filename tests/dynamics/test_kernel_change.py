@@ -182,3 +182,11 @@ def test_bad_input_is_refused():
     model, x = BY_ID["checkpoint_reentrant"].build()
     with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
         kernel_change(model, direction(model), x)
+
+
+def test_errors_of_the_model_itself_are_told_as_they_are():
+    """They have nothing to do with second derivatives."""
+    net = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        kernel_change(net, {"weight": torch.ones(2, 3)}, torch.randn(4, 5))
+    assert "differentiated twice" not in str(caught.value)
