@@ -10,6 +10,7 @@ import torch
 from oracles import call, each
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -175,6 +176,15 @@ def recurrent(kind: type[nn.RNNBase], **options: Any) -> nn.Module:
         lambda self, x: self.head(self.cells(x)[0][:, -1]),
         cells=kind(6, 5, **options),
         head=nn.Linear(width, 2),
+    )
+
+
+def packed_sequences() -> nn.Module:
+    """A recurrent layer that torch runs as a whole, without an axis of examples."""
+    return Computed(
+        lambda self, x: self.head(self.cells(pack_sequence([*x]))[1][0]),
+        cells=nn.GRU(6, 5),
+        head=nn.Linear(5, 2),
     )
 
 
@@ -449,6 +459,7 @@ CASES = [
     ),
     Case("gru", lambda: recurrent(nn.GRU), sequences, vmap=False),
     Case("rnn", lambda: recurrent(nn.RNN), sequences, vmap=False),
+    Case("packed_sequences", packed_sequences, sequences, vmap=False),
     Case("attention", attention, sequences),
     Case("attention_no_bias", lambda: attention(bias=False), sequences),
     Case("attention_cross", cross_attention, sequences),

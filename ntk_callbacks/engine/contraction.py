@@ -151,17 +151,12 @@ def _columns_of_j(
     n, q, _, c = side[0].g[0].shape
     o, width = len(side[0].g), columns.stop - columns.start
     j = side[0].g[0].new_empty(o, n, q, width, c)
-    for index, strand in enumerate(side):
-        chunk = max(1, workspace // max(1, strand.use.scratch * width))
-        for rows in _slices(n, chunk):
-            a = strand.a(rows, columns).flatten(0, 1).mT
-            for k in range(o):
-                g = strand.g[k][rows].flatten(0, 1)
-                block = j[k, rows].view(-1, width, c)
-                if index == 0:
-                    torch.bmm(a, g, out=block)
-                else:
-                    block.baddbmm_(a, g)
+    chunk = max(1, workspace // max(1, sum(s.use.scratch for s in side) * width))
+    for rows in _slices(n, chunk):
+        a = _joined([strand.a(rows, columns) for strand in side]).flatten(0, 1).mT
+        for k in range(o):
+            g = _joined([strand.g[k][rows] for strand in side]).flatten(0, 1)
+            torch.bmm(a, g, out=j[k, rows].view(-1, width, c))
     if root is not None:
         j *= root[..., columns].mT
     return j.flatten(2)
@@ -267,6 +262,11 @@ def factored(
             applied = (s @ g2[m]).view(rows.stop - rows.start, -1, o)
             kernel[rows, m] = g1[rows] @ applied
     return kernel
+
+
+def _joined(uses: list[Tensor]) -> Tensor:
+    """`(m, q, t, …)` of all uses: the steps of a recurrent layer are many of one."""
+    return uses[0] if len(uses) == 1 else torch.cat(uses, 2)
 
 
 def _positions(side: list[Strand]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.backward import refuse_bypassed
+from ntk_callbacks.engine.recurrence import UNROLLED
 from ntk_callbacks.engine.rules import RULES
 from ntk_callbacks.engine.taps import Recorder, Tap
 from ntk_callbacks.functional import ModelFunction
@@ -43,7 +44,7 @@ def record(
         return tensor.detach().requires_grad_() if differentiable else tensor
 
     inputs = map_tensors(from_data, x)
-    recorder = Recorder(leaves, inputs, RULES)
+    recorder = Recorder(leaves, inputs, RULES, UNROLLED)
     with recorder:
         outputs = function(params | leaves, inputs)
     refuse_bypassed(function, outputs)

@@ -2,26 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.backward import graph_nodes
-from ntk_callbacks.engine.batch_axis import BatchAxis, located, telling_count
+from ntk_callbacks.engine.batch_axis import BatchAxis
 from ntk_callbacks.engine.factors import Call, Outer, Use, unexpanded
-from ntk_callbacks.engine.recording import Recording, gradients_at, record
+from ntk_callbacks.engine.recording import Recording, record
 from ntk_callbacks.engine.rules import RULES, Rule, local, taken_apart
+from ntk_callbacks.engine.tap_axes import axes_of_taps
 from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.engine.terms import Member
 from ntk_callbacks.engine.views import View, roots, view_of
 from ntk_callbacks.functional import ModelFunction
-from ntk_callbacks.nested import batch_size, map_tensors
-
-Axes: TypeAlias = list[BatchAxis | str | None]
-"""For each tap its batch axis, None if nothing depends on it, or what is wrong."""
+from ntk_callbacks.nested import batch_size
 
 
 @dataclass(frozen=True)
@@ -85,9 +80,7 @@ def surveyed(
     """
     recording = record(function, params, x, names)
     n = batch_size(x)
-    reached, axes = _axes(recording, n)
-    if not recording.outputs.is_meta:
-        axes = _certain(function, params, x, names, recording.taps, axes)
+    reached, axes = axes_of_taps(function, params, x, recording)
     survey = Survey(recording, [], [], [])
     for name in _in_graph(recording):
         survey.exact[name] = "it is used by a function without a rule"
@@ -121,66 +114,6 @@ def surveyed(
             for name in found:
                 survey.members.setdefault(name, []).append(member)
     return survey
-
-
-def _axes(recording: Recording, n: int) -> tuple[Sequence[Tensor | None], Axes]:
-    """Gradients at the taps, and their batch axes.
-
-    Returns:
-        For each tap a gradient, None if it is not known; and its batch axis.
-    """
-    taps, outputs = recording.taps, recording.outputs
-    unknown = [None for _ in taps]
-    if outputs.is_meta:
-        return unknown, [BatchAxis(0) for _ in taps]
-    if not (taps and outputs.requires_grad):
-        return unknown, [None for _ in taps]
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(outputs.shape, generator=generator).to(outputs)
-    found = [
-        gradients_at(taps, example @ direction)
-        for example, direction in zip(outputs, directions, strict=True)
-    ]
-    reached = torch.autograd.grad(
-        (outputs * directions).sum(),
-        [tap.edge for tap in taps],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return reached, [
-        None
-        if gradient is None
-        else located(list(parts)) or "its use has no axis that the examples run along"
-        for gradient, parts in zip(reached, zip(*found, strict=True), strict=True)
-    ]
-
-
-def _certain(
-    function: ModelFunction,
-    params: Params,
-    x: Inputs,
-    names: list[str],
-    taps: list[Tap],
-    axes: Axes,
-) -> Axes:
-    """The batch axes of taps, from more examples where two do not tell them."""
-    n = m = batch_size(x)
-    while (needed := telling_count(_held(taps, axes, m))) > m:
-        m = needed
-        chosen = [i % 2 * (n - 1) for i in range(m)]
-        repeated: Inputs = map_tensors(itemgetter(chosen), x)
-        again = record(function, params, repeated, names)
-        if len(again.taps) != len(taps):
-            return ["its uses depend on the number of examples"] * len(taps)
-        taps, (_, axes) = again.taps, _axes(again, m)
-    return axes
-
-
-def _held(taps: list[Tap], axes: Axes, n: int) -> Iterator[tuple[BatchAxis, int]]:
-    """The batch axes, and how many entries they hold of each of n examples."""
-    for tap, axis in zip(taps, axes, strict=True):
-        if isinstance(axis, BatchAxis):
-            yield axis, tap.shape[axis.axis] // n
 
 
 def _live(g: Tensor) -> int:

@@ -9,7 +9,7 @@ keeps its graph, and the tap that uses it knows it as its source.
 """
 
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -64,13 +64,19 @@ class Recorder(TorchFunctionMode):
         inputs: The batch, whose tensors are data.
         known: Functions that are taps as they are; others written in Python are looked
             into, for the functions they call.
+        unrolled: Torch function -> the same by others, or None.
     """
 
     def __init__(
-        self, parameters: Params, inputs: Inputs, known: Container[Callable[..., Any]]
+        self,
+        parameters: Params,
+        inputs: Inputs,
+        known: Container[Callable[..., Any]],
+        unrolled: Mapping[Callable[..., Any], Callable[..., Any]],
     ) -> None:
         super().__init__()
         self._known = known
+        self._unrolled = unrolled
         self.taps: list[Tap] = []
         self._parametric = {id(leaf): leaf for leaf in parameters.values()}
         self._data: dict[int, weakref.ref[Tensor]] = {}
@@ -106,7 +112,12 @@ class Recorder(TorchFunctionMode):
                         self._parametric[id(tensor)] = tensor
             return result
         if parametric and torch.is_grad_enabled():
-            if func not in self._known and _asks_modes(func):
+            if func in self._unrolled:
+                with self:
+                    result = self._unrolled[func](*args, **kwargs)
+                if result is not None:
+                    return result
+            elif func not in self._known and _asks_modes(func):
                 with self:
                     return _opened(func)(*args, **kwargs)
             result = self._tapped(func, args, kwargs)

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from ntk_callbacks import empirical_ntk, plan_ntk
 from ntk_callbacks.engine import audit as auditing
-from ntk_callbacks.engine import survey
+from ntk_callbacks.engine import tap_axes
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.audit import audit_error
 from ntk_callbacks.engine.batch_axis import BatchAxis, located
@@ -297,7 +297,7 @@ def test_a_wrong_batch_axis(outputs, dtype, monkeypatch, caplog):
         wrong = gradients[0].shape[-1] == 5
         return BatchAxis(1) if wrong else located(gradients)
 
-    monkeypatch.setattr(survey, "located", misplaced)
+    monkeypatch.setattr(tap_axes, "located", misplaced)
     plan = plan_ntk(model, x, outputs=outputs)
     assert plan.exact.keys() == moved(caplog) == {"0.weight", "0.bias"}
     ntk = empirical_ntk(model, x, outputs=outputs, route=plan)

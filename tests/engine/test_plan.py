@@ -19,7 +19,7 @@ from cases import (
     in_double,
     language_model,
     mlp,
-    recurrent,
+    packed_sequences,
     sequences,
     tokens,
     unused_parameter,
@@ -57,8 +57,8 @@ def fast_only(monkeypatch):
 
 
 def half_covered():
-    """Of these parameters only those of the recurrent cells have no fast route."""
-    return recurrent(nn.GRU).double()
+    """Of these parameters only those of the head have a fast route."""
+    return packed_sequences().double()
 
 
 def term_of(plan, name):
@@ -79,7 +79,9 @@ def table(plan):
     return dict(zip(names, lines[start + 1 : stop], strict=True))
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "embedding", "attention", "gru"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "cnn", "embedding", "attention", "packed_sequences"]
+)
 def test_the_table_names_every_parameter_and_its_route(name):
     model, x = BY_ID[name].build()
     plan = plan_ntk(model, x)

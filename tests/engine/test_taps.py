@@ -15,7 +15,7 @@ from cases import (
     images,
     in_double,
     mlp,
-    recurrent,
+    packed_sequences,
     sequences,
     tokens,
     transformer,
@@ -229,7 +229,7 @@ def test_what_is_no_tap_stays_in_the_graph(compute, names_in_graph, x):
 
 
 def test_cells_of_several_results_stay_in_the_graph():
-    model, x = recurrent(nn.LSTM).double(), sequences().double()
+    model, x = packed_sequences().double(), sequences().double()
     assert bypassing(recorded(model, x)) == {
         f"cells.{name}" for name, _ in model.cells.named_parameters()
     }
