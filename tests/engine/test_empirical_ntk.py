@@ -31,16 +31,6 @@ from ntk_callbacks.layout import symmetric
 TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
 
 
-@pytest.fixture
-def net():
-    return mlp().double()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(4, 5, dtype=torch.float64)
-
-
 def exponents(model, x):
     """Outputs as a user's own function, with two trailing axes."""
     y = model(x)

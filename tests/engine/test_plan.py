@@ -36,24 +36,8 @@ TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-1
 
 
 @pytest.fixture
-def net():
-    return mlp().double()
-
-
-@pytest.fixture
 def x():
     return vectors(4).double()
-
-
-@pytest.fixture
-def fast_only(monkeypatch):
-    """No exact route helps out where a fast one should do."""
-
-    def refused(problem):
-        raise AssertionError(f"an exact route was taken for {list(problem.groups)}")
-
-    monkeypatch.setattr(execution, "fallback", refused)
-    monkeypatch.setattr(kernel, "fallback", refused)
 
 
 def half_covered():

@@ -63,16 +63,6 @@ def random(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
 
 
-@pytest.fixture
-def net():
-    return mlp().double()
-
-
-@pytest.fixture
-def x():
-    return random(4, 5)
-
-
 # The numbers.
 
 # Neither a second derivative nor a forward mode, in torch itself.
