@@ -8,6 +8,8 @@ import copy
 
 import torch
 
+TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
+
 
 def call(model, x):
     """`model(x)`; a tuple is the arguments, a dict the keywords."""

@@ -18,7 +18,7 @@ from cases import (
     returning,
     settled,
 )
-from oracles import jacobian_by_differences, ntk_by_loop, relative_error
+from oracles import TOLERANCE, jacobian_by_differences, ntk_by_loop, relative_error
 from torch import nn
 
 from ntk_callbacks import TangentOperator, as_matrix, empirical_ntk
@@ -27,8 +27,6 @@ from ntk_callbacks.engine.exact import ROUTES
 from ntk_callbacks.engine.memory import memory_bytes
 from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.layout import symmetric
-
-TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
 
 
 def exponents(model, x):

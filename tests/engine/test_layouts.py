@@ -3,14 +3,12 @@
 import pytest
 import torch
 from cases import Computed
-from oracles import ntk_by_loop, relative_error
+from oracles import TOLERANCE, ntk_by_loop, relative_error
 from torch import nn
 from torch.nn import functional
 
 from ntk_callbacks import empirical_ntk, plan_ntk
 from ntk_callbacks.engine.batch_axis import BatchAxis, telling_count
-
-TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
 
 
 def check(model, x, outputs="full"):

@@ -25,14 +25,12 @@ from cases import (
     unused_parameter,
     vectors,
 )
-from oracles import each, ntk_by_loop, relative_error
+from oracles import TOLERANCE, each, ntk_by_loop, relative_error
 from torch import nn
 
 from ntk_callbacks import empirical_ntk, plan_ntk
 from ntk_callbacks.engine import execution, kernel, planner, sides
 from ntk_callbacks.errors import MemoryBudgetError
-
-TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
 
 
 @pytest.fixture

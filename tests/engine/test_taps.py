@@ -21,7 +21,7 @@ from cases import (
     transformer,
     vectors,
 )
-from oracles import each, ntk_by_loop, relative_error
+from oracles import TOLERANCE, each, ntk_by_loop, relative_error
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -34,8 +34,6 @@ from ntk_callbacks.engine.recording import gradients_at, record
 from ntk_callbacks.engine.sides import ChangedModelError, Side
 from ntk_callbacks.engine.survey import surveyed
 from ntk_callbacks.functional import ModelFunction
-
-TOLERANCE = 1e-10  # float64, sums of some hundred terms: round-off is near 1e-14
 
 
 def recorded(model, x):
