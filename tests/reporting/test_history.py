@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interrupted import Repeatable
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from monitored import Plain, Recorder, fit, loader, same, seeded, three_monitors
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn.functional import cross_entropy
 
 from ntk_callbacks import (
     NTKMonitor,
@@ -424,15 +424,6 @@ def same_curves(left, right):
         for series in found.values():
             series["values"] = [plain(value) for value in series["values"]]
     same(left, right)
-
-
-class Repeatable(Plain):
-    """Trains on data made from the step, so that a resumed loader does not matter."""
-
-    def training_step(self, batch, batch_idx):
-        generator = torch.Generator().manual_seed(self.global_step)
-        x = torch.randn(6, 3, generator=generator)
-        return cross_entropy(self(x), torch.arange(6) % 2)
 
 
 def trained(folder, ckpt_path=None, steps=12):
