@@ -36,11 +36,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def measurement(step):
     return Measurement(
         step,

@@ -23,11 +23,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @contextmanager
 def room_for(size):
     """A quota that the system itself enforces, on every file of this process."""
