@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from instrumented import LABELS, batch, flat, inputs, network
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, Adam, AdamW
@@ -22,32 +23,12 @@ from ntk_callbacks.instruments.after_kernel import kernel_accuracy
 from ntk_callbacks.instruments.linearization import LinearizationInstrument
 from ntk_callbacks.instruments.linearization_options import LinearizationOptions
 
-LABELS = torch.tensor([0, 2, 1, 1, 0])
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
 
 def normalized(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
         *(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
     ).double()
-
-
-def inputs(n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, dtype=torch.float64, generator=generator)
-
-
-def batch(seed):
-    return inputs(4, seed), torch.tensor([0, 1, 2, 2])
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def jacobian_by_rows(net, x):

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from instrumented import LABELS, batch, flat, network
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as yes_or_no
 from torch.nn.functional import cross_entropy, mse_loss
@@ -15,28 +16,11 @@ from ntk_callbacks.errors import ProbeError, UnsupportedModelError
 from ntk_callbacks.instruments.prediction import PredictionInstrument
 from ntk_callbacks.instruments.probe_loss import _suggestion
 
-LABELS = torch.tensor([0, 2, 1, 1, 0])
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def batch(seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(4, 3, dtype=torch.float64, generator=generator)
-    return x, torch.tensor([0, 1, 2, 2])
-
 
 def probe(targets=LABELS):
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
     return Probe(x, targets)
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def jacobian_by_rows(net, x):
