@@ -6,21 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from instrumented import LABELS, batch, flat, network
+from predictions import probe, trained
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits as yes_or_no
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import SGD, Adam, AdamW
 
-from ntk_callbacks import Probe
-from ntk_callbacks.errors import ProbeError, UnsupportedModelError
 from ntk_callbacks.instruments.prediction import PredictionInstrument
-from ntk_callbacks.instruments.probe_loss import _suggestion
-
-
-def probe(targets=LABELS):
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randn(5, 3, dtype=torch.float64, generator=generator)
-    return Probe(x, targets)
 
 
 def jacobian_by_rows(net, x):
@@ -31,16 +22,6 @@ def jacobian_by_rows(net, x):
         for k in range(3)
     ]
     return torch.stack(rows)
-
-
-def trained(net, optimizer, steps=3):
-    """A few steps, so that moments and momentum are there; then a gradient."""
-    for step in range(steps + 1):
-        optimizer.zero_grad()
-        x, y = batch(step)
-        cross_entropy(net(x), y).backward()
-        if step < steps:
-            optimizer.step()
 
 
 def sgd(gradients, weights, lr=0.1, momentum=0.0, nesterov=False, decay=0.0):
@@ -231,30 +212,6 @@ def test_clipped_gradients_move_the_optimizer_alone():
     assert error == pytest.approx(float(length) / 0.01 - 1, rel=1e-4)
 
 
-def test_classes_add_up():
-    net = network()
-    optimizer = Adam(net.parameters(), 0.03)
-    trained(net, optimizer)
-    labels = torch.tensor([0, 2, -100, 2, 0])  # cross-entropy leaves out -100
-    instrument = PredictionInstrument(per_class=True)
-    instrument.start(probe(labels))
-    instrument.predict(net, optimizer, 1)
-    before = net(probe().inputs)
-    optimizer.step()
-    found = instrument.measure(net, 1).scalars
-    for part in ("actual", "optimizer", "gradient_flow"):
-        shares = [found[f"prediction_classes/loss_change_{part}/{k}"] for k in (0, 2)]
-        assert sum(shares) == pytest.approx(found[f"prediction/loss_change_{part}"])
-        assert f"prediction_classes/loss_change_{part}/1" not in found
-    after = net(probe().inputs)
-    terms = [
-        cross_entropy(f[[0, 4]], torch.zeros(2).long()) / 2 for f in (before, after)
-    ]
-    expected = float((terms[1] - terms[0]).detach())
-    actual = found["prediction_classes/loss_change_actual/0"]
-    assert actual == pytest.approx(expected)
-
-
 def test_steps_of_two_optimizers_add_up_to_one_update():
     net = network()
     first, last = SGD(net[0].parameters(), 0.1), Adam(net[2].parameters(), 0.01)
@@ -320,80 +277,6 @@ def test_nothing_of_model_and_optimizer_changes():
     torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_step_of_rate_zero(frozen):
-    """A warm-up begins with it: nothing moves, which is no failure."""
-    net = network()
-    if frozen:
-        net[0].requires_grad_(False)
-    optimizer = SGD(net.parameters(), 0.0)
-    trained(net, optimizer, steps=0)
-    instrument = PredictionInstrument()
-    instrument.start(probe())
-    instrument.predict(net, optimizer, 1)
-    optimizer.step()
-    found = instrument.measure(net, 1).scalars
-    assert found["prediction/loss_change_actual"] == 0.0
-    assert found["prediction/loss_change_optimizer"] == 0.0
-    assert found["prediction/step_error"] == 0.0
-    assert found["prediction/explained"] != found["prediction/explained"]
-
-
-def test_only_the_loss_where_nothing_was_predicted():
-    net = network()
-    optimizer = SGD(net.parameters(), 0.1)
-    trained(net, optimizer, steps=0)
-    instrument = PredictionInstrument()
-    instrument.start(probe())
-    expected = pytest.approx(float(cross_entropy(net(probe().inputs), LABELS).detach()))
-    assert instrument.measure(net, 0).scalars == {"prediction/loss": expected}
-    instrument.predict(net, optimizer, 1)  # of an update that is not measured
-    assert instrument.measure(net, 2).scalars == {"prediction/loss": expected}
-
-
-def test_outputs_alone_without_targets():
-    net = network()
-    optimizer = SGD(net.parameters(), 1e-3)
-    trained(net, optimizer, steps=0)
-    instrument = PredictionInstrument(output_fn=lambda model, x: model(x)[:, :1])
-    instrument.start(probe(None))
-    instrument.predict(net, optimizer, 1)
-    optimizer.step()
-    found = instrument.measure(net, 1).scalars
-    names = {"output_cosine", "output_error", "step_error"}
-    assert {*found} == {f"prediction/{name}" for name in names}
-    assert found["prediction/output_cosine"] > 0.999
-    assert instrument.changes.actual.shape == (5, 1)
-
-
-def test_loss_gets_the_outputs_in_their_own_shape():
-    """A target (n,) against outputs (n, 1) would silently become (n, n)."""
-    seen = []
-
-    class Volume(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 6).double()
-
-        def forward(self, x):
-            return self.linear(x).view(-1, 2, 3)
-
-    def loss(f, y):
-        seen.append((f.shape, f.dtype, y.dtype))
-        return (f - y).square().sum()
-
-    net = Volume()
-    optimizer = SGD(net.parameters(), 1e-3)
-    net(batch(0)[0]).square().sum().backward()
-    instrument = PredictionInstrument(loss_fn=loss)
-    instrument.start(probe(torch.zeros(5, 2, 3)))
-    instrument.predict(net, optimizer, 1)
-    optimizer.step()
-    assert instrument.measure(net, 1).scalars["prediction/explained"] > 0.9
-    assert {*seen} == {((5, 2, 3), torch.float64, torch.float64)}
-    assert instrument.changes.optimizer.shape == (5, 6)
-
-
 def test_float32_weights():
     net = network().float()
     optimizer = AdamW(net.parameters(), 1e-3)
@@ -410,124 +293,3 @@ def test_float32_weights():
     assert found["prediction/step_error"] == 0.0
     assert found["prediction/explained"] > 0.95
     assert instrument.changes.actual.dtype == torch.float64
-
-
-# What cannot be -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "what"),
-    [
-        ({"loss_fn": 3}, "callable"),
-        ({"loss_fn": mse_loss, "per_class": True}, "Leave out one"),
-        ({"mode": "test"}, "mode='test'"),
-        ({"output_fn": "f"}, "output_fn must be callable"),
-        ({"name": "a b"}, "part of tags"),
-        ({"memory_budget": "much"}, "much"),
-    ],
-)
-def test_bad_arguments(settings, what):
-    with pytest.raises(ValueError, match=what):
-        PredictionInstrument(**settings)
-
-
-def test_measure_needs_a_probe():
-    with pytest.raises(RuntimeError, match="start"):
-        PredictionInstrument().measure(network(), 0)
-
-
-@pytest.mark.parametrize("settings", [{"loss_fn": mse_loss}, {"per_class": True}])
-def test_loss_without_targets_is_refused(settings):
-    with pytest.raises(ProbeError, match="no targets"):
-        PredictionInstrument(**settings).start(probe(None))
-
-
-def test_labels_that_are_no_outputs():
-    instrument = PredictionInstrument()
-    instrument.start(probe(LABELS + 1))
-    with pytest.raises(ProbeError, match=r"from 1 to 3 for 3 outputs; expected 0 … 2"):
-        instrument.measure(network(), 0)
-
-
-def test_real_targets_do_not_say_what_loss_is_trained():
-    instrument = PredictionInstrument()
-    instrument.start(probe(torch.zeros(5, 3)))
-    with pytest.warns(UserWarning, match="only outputs are compared. Pass loss_fn"):
-        assert instrument.measure(network(), 0).scalars == {}
-    assert instrument.measure(network(), 1).scalars == {}  # said once
-    shapeless = PredictionInstrument()
-    shapeless.start(probe(torch.zeros(5, 2, dtype=torch.long)))
-    with pytest.warns(UserWarning, match=r"Pass loss_fn=lambda outputs, targets: …"):
-        assert shapeless.measure(network(), 0).scalars == {}
-    single, net = PredictionInstrument(), nn.Sequential(network(), nn.Linear(3, 1))
-    single.start(probe(torch.zeros(5)))
-    with pytest.warns(UserWarning, match=r"\(outputs.view_as\(targets\), targets\)"):
-        assert single.measure(net.double(), 0).scalars == {}
-    strict = PredictionInstrument(per_class=True)
-    strict.start(probe(torch.zeros(5, 3)))
-    with pytest.raises(ProbeError, match="Leave it out"):
-        strict.measure(network(), 0)
-
-
-def test_weights_that_a_forward_pass_rewrites_do_not_count_against_the_step():
-    tokens = Probe(torch.arange(5), LABELS)
-    net = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 3)).double()
-    sgd, instrument = SGD(net.parameters(), 1.0), PredictionInstrument()
-    instrument.start(tokens)
-    cross_entropy(net(tokens.inputs), LABELS).backward()
-    instrument.predict(net, sgd, 1)
-    sgd.step()
-    assert net[0].weight.norm(dim=1).max() > 0.5
-    assert instrument.measure(net, 1).scalars["prediction/step_error"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("shape", "labels", "expected"),
-    [
-        ((3, 2, 4), (3, 4), lambda f, y: cross_entropy(f, y)),
-        ((3, 4, 2), (3, 4), lambda f, y: cross_entropy(f.transpose(1, 2), y)),
-        ((3, 2, 4, 5), (3, 4, 5), lambda f, y: cross_entropy(f, y)),
-        ((3, 1), (3,), lambda f, y: yes_or_no(f[:, 0], y.double())),
-        ((3, 2), (3, 2), lambda f, y: yes_or_no(f, y.double())),
-        ((3, 4, 4), (3, 4), None),  # may be either
-        ((3, 4), (2,), None),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.long, torch.uint8])
-def test_the_loss_that_is_suggested_fits_the_labels(shape, labels, expected, dtype):
-    f = torch.randn(shape, dtype=torch.float64)
-    y = (torch.rand(labels) > 0.5).to(dtype)
-    text = _suggestion(y, f)
-    if expected is None:
-        assert "…, the loss that is trained" in text
-    else:
-        found = eval(text.removesuffix(", or yours"))(f, y)
-        assert found.item() == pytest.approx(expected(f, y.long()).item())
-    if y.numel() != f.numel():  # real numbers are no labels
-        assert "…, the loss that is trained" in _suggestion(y.double(), f)
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "what"),
-    [(lambda f, y: f - y, r"\(5, 3\)"), (lambda f, y: 1.0, "float")],
-)
-def test_loss_that_is_not_one_number(loss_fn, what):
-    instrument = PredictionInstrument(loss_fn=loss_fn)
-    instrument.start(probe(torch.zeros(5, 3)))
-    with pytest.raises(ValueError, match=f"returned {what}; expected one number"):
-        instrument.measure(network(), 0)
-
-
-def test_optimizers_that_need_a_closure_are_refused():
-    net = network()
-    trained(net, SGD(net.parameters(), 0.1), steps=0)
-    instrument = PredictionInstrument()
-    instrument.start(probe())
-    with pytest.raises(UnsupportedModelError, match=r"LBFGS.*without a closure"):
-        instrument.predict(net, torch.optim.LBFGS(net.parameters()), 1)
-
-
-def test_optimizer_of_another_model_is_refused():
-    net = network()
-    with pytest.raises(UnsupportedModelError, match="no parameter of this Sequential"):
-        PredictionInstrument().predict(net, SGD(network().parameters(), 0.1), 1)
