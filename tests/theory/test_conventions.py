@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from feature_models import FeatureModel, features, kernel
+from infinite_width import ROOT2, tensor
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -21,12 +22,6 @@ from ntk_callbacks.theory import (
 )
 from ntk_callbacks.theory.scales import Loss
 
-
-def tensor(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-ROOT2 = math.sqrt(2)
 X = tensor(
     [[1, 0, 0], [0.6, 0.8, 0], [0, 0.6, 0.8], [-1, 0, 0], [0.5, -0.5, ROOT2 / 2]]
 )

@@ -2,12 +2,11 @@
 
 import inspect
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from infinite_width import ROOT2, TABLES, tensor
 from oracles import relative_error
 from torch import nn
 
@@ -26,15 +25,7 @@ from ntk_callbacks.theory import (
     sequential,
 )
 
-TABLES = json.loads(
-    (Path(__file__).parents[1] / "fixtures" / "nngp_and_ntk.json").read_text()
-)
 NETWORK = TABLES["image_network"]
-ROOT2 = math.sqrt(2)
-
-
-def tensor(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 IMAGES = tensor(TABLES["images"])

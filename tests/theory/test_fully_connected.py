@@ -1,19 +1,15 @@
 """Fully connected and residual kernels against tables, exact facts and our engine."""
 
-import inspect
-import json
-import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from infinite_width import ROOT2, TABLES, X, tensor
 from oracles import relative_error
 from torch import nn
 
 from ntk_callbacks import empirical_ntk
 from ntk_callbacks.theory import (
-    Learning,
     activate,
     dense,
     fully_connected,
@@ -22,20 +18,7 @@ from ntk_callbacks.theory import (
     residual,
     sequential,
 )
-from ntk_callbacks.theory.activations import ACTIVATIONS
-from ntk_callbacks.theory.learning import Parametrization, check_choice
 
-TABLES = json.loads(
-    (Path(__file__).parents[1] / "fixtures" / "nngp_and_ntk.json").read_text()
-)
-ROOT2 = math.sqrt(2)
-
-
-def tensor(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-X = tensor(TABLES["x"])
 POINTS = tensor(
     [[1, 0, 0], [0.6, 0.8, 0], [0, 0.6, 0.8], [-1, 0, 0], [0.5, -0.5, 0.5 * ROOT2]]
 )
@@ -228,183 +211,6 @@ def test_residual_variance_of_tanh_by_depth(depth, expected):
     assert found.nngp.item() == pytest.approx(expected, abs=2e-6)
 
 
-# Learning rates and the standard parametrization.
-
-
-def test_learning_rate_tensor():
-    """Roberts, Yaida and Hanin: Θ' = λ_b + λ_W E φφ + C_W E φ'φ' Θ with λ = 1.
-
-    Three hidden layers, rates λ_W/n for the weights and λ_b for biases that start at
-    0; numpy, 8 digits.
-    """
-
-    def layer(fan_in):
-        learning = Learning("standard", fan_in, bias=True, weight_rate=1 / fan_in)
-        return dense(ROOT2, learning=learning)
-
-    hidden = [sequential(activate("relu"), layer(99)) for _ in range(3)]
-    network = sequential(layer(4), *hidden)
-    found = infinite_width_kernels(network, X[:2]).ntk
-    expected = tensor([[5.0, 3.20762844], [3.20762844, 5.0]])
-    assert torch.allclose(found, expected, rtol=0, atol=6e-9)
-
-
-@pytest.mark.parametrize(
-    ("depth", "expected"),
-    [
-        (1, [108.5, 79.8441, 48.9131, 108.5, 139.8668, 560.0]),
-        (2, [37.0278, 25.139, 22.9329, 37.0278, 43.9084, 186.9444]),
-    ],
-)
-def test_default_initialization_of_torch(depth, expected):
-    """nn.Linear: Var W = Var b = 1/(3 fan_in), width 512; numpy, 4 digits."""
-
-    def layer(fan_in):
-        learning = Learning("standard", fan_in)
-        return dense(1 / math.sqrt(3), 1 / math.sqrt(3 * fan_in), learning=learning)
-
-    hidden = [sequential(activate("relu"), layer(512)) for _ in range(depth)]
-    network = sequential(layer(4), *hidden)
-    found = infinite_width_kernels(network, 2 * X[:3]).ntk
-    upper = found[tuple(torch.triu_indices(3, 3))]
-    assert torch.allclose(upper, tensor(expected), rtol=0, atol=6e-5)
-
-
-def test_standard_parametrization_is_weights_by_width_and_biases_by_one():
-    """With rates σ_w²/n and σ_b² it is the kernel of the NTK parametrization."""
-
-    def layer(fan_in, sigma_w=1.3, sigma_b=0.4):
-        learning = Learning(
-            "standard", fan_in, weight_rate=sigma_w**2 / fan_in, bias_rate=sigma_b**2
-        )
-        return dense(sigma_w, sigma_b, learning=learning)
-
-    network = sequential(layer(4), activate("tanh"), layer(77), activate("tanh"))
-    network = sequential(network, layer(77))
-    expected = fully_connected(X, depth=2, activation="tanh", sigma_w=1.3, sigma_b=0.4)
-    found = infinite_width_kernels(network, X)
-    assert torch.allclose(found.ntk, expected.ntk, rtol=1e-13)
-    assert torch.equal(found.nngp, expected.nngp)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_model_in_standard_parametrization(bias):
-    """Θ = X Xᵀ, and 1 more with a bias, wherever the parameters are."""
-    layer = nn.Linear(4, 1, bias=bias).double()
-    for given in (bias, None) if not bias else (bias,):
-        network = dense(0.7, learning=Learning("standard", 4, bias=given))
-        found = infinite_width_kernels(network, X).ntk
-        expected = empirical_ntk(layer, X, outputs="trace")
-        assert torch.allclose(found, expected, rtol=0, atol=1e-14)
-
-
-class StandardCommittee(nn.Module):
-    """S networks 4 -> 5 -> 1 in standard parametrization, summed and divided by √S."""
-
-    def __init__(self, seeds):
-        super().__init__()
-        shapes = {"w": (5, 4), "b": (1, 5), "v": (1, 5), "a": (1, 1)}
-        scales = {"w": 1.3 / 4**0.5, "b": 0.4, "v": 1.3 / 5**0.5, "a": 0.4}
-        for name, shape in shapes.items():
-            draw = scales[name] * torch.randn(seeds, *shape, dtype=torch.float64)
-            self.register_parameter(name, nn.Parameter(draw))
-
-    def forward(self, x):
-        h = torch.tanh(x @ self.w.mT + self.b)
-        return (h @ self.v.mT + self.a).sum(0) / len(self.w) ** 0.5
-
-
-def test_standard_parametrization_against_the_engine():
-    """One hidden layer: the mean over networks is the formula at any width."""
-    means = torch.stack(
-        [empirical_ntk(StandardCommittee(200), X, outputs="trace") for _ in range(20)]
-    )
-    theory = fully_connected(
-        X,
-        depth=1,
-        activation="tanh",
-        sigma_w=1.3,
-        sigma_b=0.4,
-        parametrization="standard",
-        width=5,
-    ).ntk
-    error = means.std(0) / len(means) ** 0.5
-    assert error.norm() < 0.02 * theory.norm()  # so that the test can tell
-    assert ((means.mean(0) - theory).abs() < 4 * error).all()
-
-
-# Properties.
-
-
-@pytest.mark.parametrize("activation", ["relu", "tanh", "hard_tanh"])
-def test_cross_kernels_are_blocks_of_the_symmetric_one(activation):
-    arguments = {"depth": 2, "activation": activation, "sigma_w": 1.5, "sigma_b": 0.2}
-    whole = fully_connected(X, **arguments)
-    cross = fully_connected(X[:3], X[1:], **arguments)
-    # Inputs 1 and 2 are in both: their kernels with themselves are exact too.
-    assert torch.allclose(cross.nngp, whole.nngp[:3, 1:], rtol=0, atol=1e-13)
-    assert torch.allclose(cross.ntk, whole.ntk[:3, 1:], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, torch.celu])
-def test_symmetric_to_the_last_bit_and_positive(activation):
-    x = torch.randn(25, 3)
-    x = torch.cat([x, x[:5] * (1 + 1e-9)]).double()
-    x[-1] = x[0]
-    found = fully_connected(x, depth=2, activation=activation, sigma_w=1.4, sigma_b=0.1)
-    for kernel in (found.nngp, found.ntk):
-        assert kernel.dtype == torch.float64
-        assert torch.equal(kernel, kernel.mT)
-        eigenvalues = torch.linalg.eigvalsh(kernel)
-        assert eigenvalues[0] > -1e-14 * eigenvalues[-1]
-        # Two equal inputs, not merely nearly equal numbers.
-        assert torch.allclose(kernel[-1], kernel[0], rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("features", [10, 5000])
-def test_parallel_inputs_lose_no_digits(features):
-    """ReLU without biases is homogeneous: Θ(x, s x) = s Θ(x, x) for s > 0."""
-    x = torch.randn(6, features, dtype=torch.float64)
-    arguments = {"depth": 4, "activation": "relu", "sigma_w": ROOT2, "sigma_b": 0.0}
-    own = fully_connected(x, **arguments).ntk.diagonal()
-    for scale in (1.0, 0.3, 7.0):
-        cross = fully_connected(x, scale * x, **arguments).ntk.diagonal()
-        assert torch.allclose(cross, scale * own, rtol=1e-12)
-    twice = fully_connected(torch.cat([x, x]), **arguments).ntk
-    assert torch.allclose(twice[:6, 6:].diagonal(), own, rtol=1e-13)
-
-
-def test_blocks_make_no_difference(monkeypatch):
-    arguments = {"depth": 2, "activation": "tanh", "sigma_w": 1.5, "sigma_b": 0.2}
-    x1, x2 = torch.randn(7, 3), torch.randn(5, 3)
-    whole = fully_connected(x1, **arguments), fully_connected(x1, x2, **arguments)
-    there = inspect.unwrap(infinite_width_kernels).__globals__
-    monkeypatch.setitem(there, "_BLOCK", 4)
-    parts = fully_connected(x1, **arguments), fully_connected(x1, x2, **arguments)
-    for a, b in zip(whole, parts, strict=True):
-        assert torch.allclose(a.ntk, b.ntk, rtol=1e-13)
-        assert torch.allclose(a.nngp, b.nngp, rtol=1e-13)
-
-
-def test_images_are_flattened_and_depth_zero_is_linear():
-    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
-    arguments = {"depth": 0, "activation": "relu", "sigma_w": 1.5, "sigma_b": 0.2}
-    found = fully_connected(x, **arguments)
-    expected = 1.5**2 * x.flatten(1) @ x.flatten(1).mT / 32 + 0.2**2
-    assert torch.allclose(found.nngp, expected, rtol=1e-13)
-    assert torch.allclose(found.ntk, expected, rtol=1e-13)
-
-
-def test_an_input_of_zeros_has_the_kernel_of_the_biases():
-    x = torch.zeros(2, 4)
-    for activation in ("relu", "tanh"):
-        found = fully_connected(
-            x, depth=2, activation=activation, sigma_w=1.5, sigma_b=0.0
-        )
-        assert found.nngp.abs().max() < 1e-90
-        assert found.ntk.abs().max() < 1e-90
-
-
 # The engine, at finite width.
 
 
@@ -447,71 +253,3 @@ def test_residual_networks_approach_the_infinite_kernel():
     mean = empirical_ntk(Committee(128, 3, 30), X, outputs="trace")
     # One network is off by about 2/√128 = 0.18; the mean of 30 by 0.03.
     assert relative_error(mean, theory.ntk) < 0.06
-
-
-# What is refused.
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sigma_w": -1.0}, "sigma_w is -1"),
-        ({"sigma_b": -0.1}, "sigma_b is -0.1"),
-        ({"sigma_w": math.nan}, "sigma_w is nan"),
-        ({"sigma_b": math.inf}, "sigma_b is inf"),
-        ({"activation": "swish2"}, "expected one of relu, leaky_relu"),
-        ({"depth": -1}, "depth is -1"),
-        ({"parametrization": "standard"}, "width is None"),
-        ({"parametrization": "standard", "width": 0}, "width is 0, expected a whole"),
-        ({"x1": torch.ones(4)}, r"x1 has shape \(4,\), expected one example to a row"),
-        ({"x2": torch.ones(3)}, r"x2 has shape \(3,\), expected one example"),
-        ({"x1": torch.tensor([[1.0, math.nan]])}, "x1 is complex or not finite"),
-        ({"x2": torch.ones(3, 5)}, r"shape \(4,\), x2 of \(5,\)"),
-        ({"x1": torch.ones(0, 4)}, r"x1 has shape \(0, 4\)"),
-    ],
-)
-def test_bad_input(change, message):
-    arguments = {"x1": X, "depth": 1, "activation": "relu", "sigma_w": 1.0}
-    with pytest.raises(ValueError, match=message):
-        fully_connected(**{**arguments, "sigma_b": 0.0, **change})
-
-
-def test_unknown_choices():
-    # Without the type checks of this test run, as a user calls it.
-    with pytest.raises(ValueError, match="is 'mup', expected one of ntk, standard"):
-        check_choice(Parametrization, parametrization="mup")
-    with pytest.raises(ValueError, match="pixels is 'some'"):
-        inspect.unwrap(infinite_width_kernels)(dense(1.0), X, pixels="some")
-
-
-def test_bad_layers():
-    with pytest.raises(ValueError, match="fan_in is None"):
-        Learning("standard")
-    with pytest.raises(ValueError, match="weight_rate is -1"):
-        Learning(weight_rate=-1.0)
-    with pytest.raises(ValueError, match="without a bias"):
-        dense(1.0, 0.1, learning=Learning(bias=False))
-    with pytest.raises(ValueError, match="sigma_w is -1"):
-        dense(-1.0)
-
-
-@pytest.mark.parametrize(
-    "branch",
-    [activate("relu"), sequential(dense(1.0), activate("relu")), sequential()],
-    ids=["activation", "ends_in_activation", "nothing"],
-)
-def test_branches_correlated_with_the_skip_connection_are_refused(branch):
-    network = sequential(dense(1.0), residual(branch))
-    with pytest.raises(ValueError, match="correlated with the skip connection"):
-        infinite_width_kernels(network, X)
-
-
-def test_nested_residuals():
-    """x + (x + f(x)) is correlated; x + (h + f(h)) with h = W x is not."""
-    inner = residual(sequential(activate("relu"), dense(1.0)))
-    with pytest.raises(ValueError, match="correlated"):
-        infinite_width_kernels(sequential(dense(1.0), residual(inner)), X)
-    network = sequential(dense(1.0), residual(sequential(dense(1.0), inner)))
-    found = infinite_width_kernels(network, X).nngp.diagonal()
-    # 1 for the skip connection, 1 for h and ½ for f(h).
-    assert torch.allclose(found, 2.5 * X.square().mean(1), rtol=1e-13)

@@ -8,12 +8,11 @@ it is what the slopes are fitted to. The error of the mean over S seeds is small
 O(1/n): it is held to a bound, not to a slope.
 """
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from infinite_width import TABLES
 from oracles import relative_error
 from torch import nn
 
@@ -29,9 +28,6 @@ from ntk_callbacks.theory import (
     sequential,
 )
 
-TABLES = json.loads(
-    (Path(__file__).parents[1] / "fixtures" / "nngp_and_ntk.json").read_text()
-)
 X = torch.tensor(TABLES["x"], dtype=torch.float64)
 IMAGES = torch.tensor(TABLES["images"], dtype=torch.float64)
 ROOT2 = math.sqrt(2)
