@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import Computed
+from layer_jacobians import x_of
 from torch import nn
 
 from ntk_callbacks.engine import segment_spectra, state_jacobians
@@ -11,11 +12,6 @@ from ntk_callbacks.errors import UnsupportedModelError
 from ntk_callbacks.theory.recurrent import Gate, gru, vanilla_rnn
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def x_of(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def outputs(model, x):
