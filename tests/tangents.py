@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from oracles import call, jacobian_by_loop
+from torch import nn
 
 from ntk_callbacks.engine.products import TangentOperator
 
@@ -47,3 +48,13 @@ def way_of(operator, caplog):
         operator.jvp(random(operator.shape[1]))
     (record,) = caplog.records
     return re.match(r"J·v by (\w+ \w+)", record.getMessage())[1]
+
+
+class Counting(nn.Sequential):
+    """Counts how often it is put into a mode."""
+
+    prepared = 0
+
+    def train(self, mode=True):
+        type(self).prepared += 1
+        return super().train(mode)

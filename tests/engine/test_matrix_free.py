@@ -8,6 +8,7 @@ import torch
 from cases import BY_ID, mlp
 from one_of_a_kind import quick
 from oracles import call, ntk_by_loop, relative_error
+from tangents import Counting
 from torch import nn
 
 from ntk_callbacks import as_matrix
@@ -377,16 +378,6 @@ def test_measured_where_gradients_are_off(measure, context):
     for value, reference in zip(found, expected, strict=True):
         assert torch.equal(value, reference)
         assert not value.requires_grad
-
-
-class Counting(nn.Sequential):
-    """Counts how often it is put into a mode."""
-
-    prepared = 0
-
-    def train(self, mode=True):
-        type(self).prepared += 1
-        return super().train(mode)
 
 
 @pytest.mark.parametrize("measure", ALL, ids=NAMES)

@@ -7,23 +7,12 @@ import torch
 from cases import BY_ID, checkpointed, mlp
 from false_derivatives import Clamped, through
 from oracles import call, relative_error
-from tangents import GRAD_IS_LOOKED_AT, TOLERANCE, dense, operator_of, random
-from torch import nn
+from tangents import GRAD_IS_LOOKED_AT, TOLERANCE, Counting, dense, operator_of, random
 
 from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.errors import UnsupportedModelError
 
 pytestmark = GRAD_IS_LOOKED_AT
-
-
-class Counting(nn.Sequential):
-    """Counts how often it is put into a mode."""
-
-    prepared = 0
-
-    def train(self, mode=True):
-        type(self).prepared += 1
-        return super().train(mode)
 
 
 def test_a_with_block_prepares_the_model_once(x):
