@@ -1,7 +1,7 @@
 """Functions that are wrong about their derivatives, and a model around one."""
 
 import torch
-from cases import Computed
+from networks import Computed
 from torch import nn
 
 

@@ -1,7 +1,7 @@
 """What tests of plans share: inputs, a model with half a fast route, looks inside."""
 
 import pytest
-from cases import packed_sequences, vectors
+from networks import packed_sequences, vectors
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import Computed, in_double, vectors
+from cases import in_double
+from networks import Computed, vectors
 from oracles import TOLERANCE, each, ntk_by_loop, relative_error
 from torch import nn
 

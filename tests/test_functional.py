@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cases import BY_ID, Computed, mlp
+from cases import BY_ID
+from networks import Computed, mlp
 from torch import nn
 
 from ntk_callbacks.errors import UnsupportedModelError

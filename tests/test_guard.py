@@ -4,8 +4,8 @@ import copy
 
 import guarded
 import torch
-from cases import resnet
 from guarded import assert_bits, bits
+from networks import resnet
 from torch import nn
 
 from ntk_callbacks import empirical_ntk, input_jacobian, quietly

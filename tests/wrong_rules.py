@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import (
+from cases import in_double
+from networks import (
     Computed,
     around,
     convolution,
     embedding,
     images,
-    in_double,
     mlp,
     settled,
     tokens,

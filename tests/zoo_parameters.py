@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case, Computed, mlp, pairs, sequences, tokens, vectors
+from cases import Case
+from networks import Computed, mlp, pairs, sequences, tokens, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Case, Computed, settled
+from cases import Case
+from networks import Computed, settled
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations

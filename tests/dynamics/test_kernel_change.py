@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 import torch
-from cases import BY_ID, Computed
+from cases import BY_ID
+from networks import Computed
 from oracles import call, ntk_by_loop, relative_error
 from torch import nn
 

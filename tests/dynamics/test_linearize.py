@@ -6,8 +6,9 @@ import io
 
 import pytest
 import torch
-from cases import BY_ID, CASES, Computed, mlp, settled, vectors
+from cases import BY_ID, CASES
 from feature_models import FeatureModel, features
+from networks import Computed, mlp, settled, vectors
 from oracles import call, each, input_jacobian_by_loop, jacobian_by_loop
 from torch import nn
 

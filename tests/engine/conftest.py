@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import mlp
+from networks import mlp
 
 from ntk_callbacks.engine import execution, kernel
 

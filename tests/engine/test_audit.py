@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BY_ID, Computed, mlp, sequences, vectors
+from cases import BY_ID
+from networks import Computed, mlp, sequences, vectors
 from torch import nn
 from torch.nn import functional
 from wrong_rules import OUTPUTS, too_large

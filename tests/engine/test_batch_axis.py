@@ -3,7 +3,7 @@
 import pytest
 import recordings
 import torch
-from cases import Computed, attention, sequences
+from networks import Computed, attention, sequences
 from recordings import check_kernel, surveyed_on
 from torch import nn
 

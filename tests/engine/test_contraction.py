@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from oracles import relative_error
 from torch import nn
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from oracles import ntk_by_loop, relative_error
 from torch import nn
 

@@ -3,7 +3,7 @@
 import pytest
 import recordings
 import torch
-from cases import Computed, sequences
+from networks import Computed, sequences
 from recordings import check_kernel, names, recorded, surveyed_on, with_parameters
 from torch import nn
 from torch.nn import functional

@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
-from cases import BY_ID, UNWRAPPED_OUTPUTS, Computed, around, returning, settled
+from cases import BY_ID, UNWRAPPED_OUTPUTS
+from networks import Computed, around, settled
+from odd_networks import returning
 from oracles import TOLERANCE, jacobian_by_differences, ntk_by_loop, relative_error
 from torch import nn
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from cases import BY_ID, Computed, checkpointed, mlp
+from cases import BY_ID
+from networks import Computed, mlp
+from odd_networks import checkpointed
 from oracles import call, input_jacobian_by_loop, relative_error
 from torch import nn
 

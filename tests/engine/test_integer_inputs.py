@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import BY_ID, Computed, sequences, tokens
+from cases import BY_ID
+from networks import Computed, sequences, tokens
 from recordings import check_kernel, names, recorded
 from torch import nn
 

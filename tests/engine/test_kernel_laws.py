@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import BY_ID, mlp
+from cases import BY_ID
+from networks import mlp
 from oracles import TOLERANCE, jacobian_by_differences, relative_error
 from torch import nn
 

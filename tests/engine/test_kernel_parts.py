@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from cases import BY_ID, checkpointed
+from cases import BY_ID
+from odd_networks import checkpointed
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 from torch import nn
 

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from cases import BY_ID, checkpointed, mlp
+from cases import BY_ID
+from networks import mlp
+from odd_networks import checkpointed
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 
 from ntk_callbacks import empirical_ntk

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import Computed
 from layer_jacobians import agree, close, x_of
+from networks import Computed
 from torch import nn
 
 from ntk_callbacks.engine import segment_jacobians, segment_spectra

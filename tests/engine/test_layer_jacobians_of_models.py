@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from cases import Computed, checkpointed
 from layer_jacobians import agree, close, mlp, x_of
+from networks import Computed
+from odd_networks import checkpointed
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations

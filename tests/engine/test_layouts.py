@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 from torch import nn
 from torch.nn import functional

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from cases import BY_ID, mlp
+from cases import BY_ID
+from networks import mlp
 from one_of_a_kind import quick
 from oracles import call, ntk_by_loop, relative_error
 from tangents import Counting

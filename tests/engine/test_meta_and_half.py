@@ -5,14 +5,12 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from cases import (
-    BY_ID,
+from cases import BY_ID, each, in_double
+from networks import (
     Computed,
     convolution,
-    each,
     embedding,
     images,
-    in_double,
     language_model,
     mlp,
     resnet,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Computed, vectors
+from networks import Computed, vectors
 from oracles import relative_error
 from torch import Tensor, nn
 from wrong_rules import expected

@@ -6,16 +6,9 @@ from functools import partial
 import plans
 import pytest
 import torch
-from cases import (
-    BY_ID,
-    around,
-    embedding,
-    in_double,
-    sequences,
-    tokens,
-    unused_parameter,
-    vectors,
-)
+from cases import BY_ID, in_double
+from networks import around, embedding, sequences, tokens, vectors
+from odd_networks import unused_parameter
 from oracles import TOLERANCE, each, ntk_by_loop, relative_error
 from plans import half_covered
 from torch import nn

@@ -3,7 +3,7 @@
 import plans
 import pytest
 import torch
-from cases import sequences, vectors
+from networks import sequences, vectors
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 from plans import cut, half_covered, in_parts
 from torch import nn

@@ -5,11 +5,11 @@ import re
 import plans
 import pytest
 import torch
-from cases import (
+from cases import in_double
+from networks import (
     attention,
     convolution,
     images,
-    in_double,
     language_model,
     mlp,
     sequences,

@@ -5,7 +5,7 @@ import logging
 import plans
 import pytest
 import torch
-from cases import Computed, mlp
+from networks import Computed, mlp
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 from torch import nn
 

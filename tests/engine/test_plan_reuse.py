@@ -6,7 +6,8 @@ import inspect
 import plans
 import pytest
 import torch
-from cases import BY_ID, mlp, vectors
+from cases import BY_ID
+from networks import mlp, vectors
 from oracles import TOLERANCE, ntk_by_loop, relative_error
 
 from ntk_callbacks import empirical_ntk, plan_ntk

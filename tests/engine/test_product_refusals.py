@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import Computed, mlp, vectors
+from networks import Computed, mlp, vectors
 from tangents import GRAD_IS_LOOKED_AT, random
 from torch import nn
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import BY_ID, checkpointed, mlp
+from cases import BY_ID
 from false_derivatives import Clamped, through
+from networks import mlp
+from odd_networks import checkpointed
 from oracles import call, relative_error
 from tangents import GRAD_IS_LOOKED_AT, TOLERANCE, Counting, dense, operator_of, random
 

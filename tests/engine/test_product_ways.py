@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import BY_ID, Computed, attention, checkpointed, mlp, recurrent, sequences
+from cases import BY_ID
 from false_derivatives import Clamped, Wrong, through
+from networks import Computed, attention, mlp, recurrent, sequences
+from odd_networks import checkpointed
 from oracles import relative_error
 from tangents import (
     GRAD_IS_LOOKED_AT,

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import BY_ID, CASES, mlp, resnet
+from cases import BY_ID, CASES
+from networks import mlp, resnet
 from oracles import relative_error
 from tangents import GRAD_IS_LOOKED_AT, TOLERANCE, dense, dense_of, operator_of, random
 from zoo import ZOO

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import recordings
 import torch
-from cases import mlp
+from networks import mlp
 from recordings import recorded, with_parameters
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack

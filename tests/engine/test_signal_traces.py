@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from signals import X, mlp
 from torch import nn
 from torch.nn import functional

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from signals import CLOSE, RNG, X, mean_cosine, mlp
 from torch import nn
 from torch.nn import functional

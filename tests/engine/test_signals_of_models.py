@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from signals import CLOSE, X, mean_cosine, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -3,8 +3,8 @@
 import pytest
 import recordings
 import torch
-from cases import (
-    BY_ID,
+from cases import BY_ID
+from networks import (
     attention,
     convolution,
     images,

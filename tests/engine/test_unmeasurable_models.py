@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import Computed, mlp, resnet, returning
+from networks import Computed, mlp, resnet
+from odd_networks import returning
 from oracles import ntk_by_loop, relative_error
 from torch import nn
 

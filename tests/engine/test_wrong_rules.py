@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BY_ID, embedding, in_double, mlp, sequences, tokens, vectors
+from cases import BY_ID, in_double
+from networks import embedding, mlp, sequences, tokens, vectors
 from oracles import each, ntk_by_loop, relative_error
 from torch import nn
 from torch.nn import functional

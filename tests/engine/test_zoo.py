@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from cases import Computed
+from networks import Computed
 from oracles import call, jacobian_by_loop, ntk_by_loop, relative_error
 from torch import nn
 from zoo import ZOO, ZOO_SLOW
