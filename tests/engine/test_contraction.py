@@ -1,14 +1,11 @@
 """The ways to contract a weight, against the definition and against one another."""
 
 import itertools
-import math
-from functools import partial
 
 import pytest
 import torch
-from networks import Computed
 from oracles import relative_error
-from torch import nn
+from strands import OUTPUTS, TOLERANCE, WORKSPACES, C, D, O, contracted, random
 
 from ntk_callbacks.engine.contraction import (
     Products,
@@ -18,21 +15,8 @@ from ntk_callbacks.engine.contraction import (
     materialized,
     paired,
 )
-from ntk_callbacks.engine.factors import Call, Lookup, Outer, unexpanded
-from ntk_callbacks.engine.lookup import looked_up
-from ntk_callbacks.engine.rules import RULES
-from ntk_callbacks.engine.survey import surveyed
-from ntk_callbacks.functional import ModelFunction
+from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.layout import symmetric
-
-OUTPUTS = ["full", "trace", "diagonal"]
-TOLERANCE = 1e-12  # float64, some hundred terms of size 1
-O, C, D = 3, 4, 5  # noqa: E741 - outputs, and the axes of the weight
-WORKSPACES = [1, 40, 10**6]  # block by block of one, of some, all at once
-
-
-def random(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def strand(n, t, q=1):
@@ -68,16 +52,6 @@ def jacobian(strands, scale=1.0, offset=0.0, root=None):
     return torch.cat([weights, biases], 2)
 
 
-def contracted(j1, j2, outputs):
-    """J₁ J₂ᵀ, summed over the outputs for `"trace"`."""
-    formula = {
-        "full": "kip,ljp->ijkl",
-        "trace": "kip,kjp->ij",
-        "diagonal": "kip,kjp->ijk",
-    }
-    return torch.einsum(formula[outputs], j1, j2)
-
-
 def expected(left, right, outputs, **factors):
     j1 = jacobian(left, **factors)
     return contracted(j1, j1 if right is None else jacobian(right, **factors), outputs)
@@ -89,10 +63,8 @@ def check(kernel, left, right, outputs, **factors):
 
 
 USES = [(1,), (3,), (1, 1), (3, 2, 4)]
+
 SIDES = [None, 2, 4]
-
-
-# One weight.
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
@@ -189,9 +161,6 @@ def test_the_arguments_are_left_as_they_were():
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-# Products.
-
-
 @pytest.mark.parametrize("rows", [1, 63, 64, 100, 256, 301])
 def test_the_upper_triangle_of_a_product(rows):
     left = random(rows, 7)
@@ -218,189 +187,3 @@ def test_products_add_up_over_blocks_of_columns(n, second, outputs):
     assert relative_error(kernel, contracted(j1, j2 if second else j1, outputs)) < (
         TOLERANCE
     )
-
-
-# A table.
-
-
-def reading(ids, v=9):
-    """Positions that read a table, and gradients for each output."""
-    n, t = ids.shape
-    use = Lookup(ids, lambda gradient: gradient, (v, C))
-    return use, random(O, n, t, C)
-
-
-def rows_of_table(uses, v=9):
-    """J as `(o, n, v·c)`, one position after the other."""
-    n = len(uses[0][0].ids)
-    j = torch.zeros(O, n, v, C, dtype=torch.float64)
-    for use, gradients in uses:
-        for i, t in itertools.product(range(n), range(use.ids.shape[1])):
-            if use.ids[i, t] >= 0:
-                for k in range(O):
-                    j[k, i, use.ids[i, t]] += gradients[k][i, t]
-    return j.flatten(2)
-
-
-IDS = {
-    "shared": [[0, 1, 2], [2, 1, 1], [0, 0, 8]],
-    "alone": [[0, 1, 0], [2, 3, 3], [4, 5, 6]],
-    "some_shared": [[0, 1, 1], [2, 1, 2], [3, 4, 3]],
-    "without_gradient": [[-1, 1, 1], [2, -1, 1], [-1, -1, -1]],
-    "alone_without_gradient": [[-1, 1, 1], [2, -1, 2], [-1, -1, -1]],
-    "one_position": [[3], [3], [1]],
-}
-
-
-@pytest.mark.parametrize("outputs", OUTPUTS)
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_a_table(ids, outputs):
-    left = [reading(torch.tensor(ids))]
-    j = rows_of_table(left)
-    for workspace in WORKSPACES:
-        kernel = symmetric(looked_up(left, None, outputs, workspace))
-        assert relative_error(kernel, contracted(j, j, outputs)) < TOLERANCE
-
-
-OTHER_IDS = {"some": [[1, 3, -1], [0, 0, 1]], "none": [[7, 7, -1], [7, 7, 7]]}
-
-
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.parametrize("other", OTHER_IDS.values(), ids=OTHER_IDS)
-def test_a_table_on_two_sides(ids, other):
-    left, right = [reading(torch.tensor(ids))], [reading(torch.tensor(other))]
-    j1, j2 = rows_of_table(left), rows_of_table(right)
-    for outputs, workspace in itertools.product(OUTPUTS, WORKSPACES):
-        kernel = looked_up(left, right, outputs, workspace)
-        value = contracted(j1, j2, outputs)
-        assert torch.allclose(kernel, value, rtol=0, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("workspace", WORKSPACES)
-@pytest.mark.parametrize("outputs", OUTPUTS)
-def test_a_table_that_is_read_twice(outputs, workspace):
-    left = [
-        reading(torch.tensor(IDS["shared"])),
-        reading(torch.tensor([[5], [0], [2]])),
-    ]
-    j = rows_of_table(left)
-    kernel = symmetric(looked_up(left, None, outputs, workspace))
-    assert relative_error(kernel, contracted(j, j, outputs)) < TOLERANCE
-    right = [reading(torch.tensor([[1, 2]])), reading(torch.tensor([[8, 5, 0]]))]
-    kernel = looked_up(left, right, outputs, workspace)
-    value = contracted(j, rows_of_table(right), outputs)
-    assert relative_error(kernel, value) < TOLERANCE
-
-
-@pytest.mark.parametrize("second", [False, True])
-def test_a_table_is_also_a_weight_with_one_hot_inputs(second):
-    """Looked up, materialized and factored are the same on the same numbers."""
-
-    def both(ids):
-        use, g = reading(torch.tensor(ids))
-        hot = nn.functional.one_hot(use.ids, 9).double()
-        weight = Outer(
-            hot[:, None],
-            lambda part, columns: part[..., columns],
-            lambda gradient: gradient,
-            lambda weight: weight,
-            lambda rows: rows,
-            (1, hot.shape[1], C, 9),
-        )
-        return [(use, g)], [Strand(weight, [*g[:, :, None]])]
-
-    table, weight = both(IDS["shared"])
-    other, other_weight = both([[1, 3, 8], [0, 0, 1]]) if second else (None, None)
-    kernels = [
-        looked_up(table, other, "full", 100),
-        materialized(weight, other_weight, "full", 100),
-        factored(weight, other_weight, 100),
-    ]
-    if not second:
-        kernels = [symmetric(kernel) for kernel in kernels]
-    for kernel in kernels[1:]:
-        assert relative_error(kernel, kernels[0]) < TOLERANCE
-
-
-# What rules say of a weight: the two layouts are the inverse of one another, and the
-# rows are those of autograd.
-
-
-def product(order):
-    def compute(self, x):
-        return (x @ self.weight if order else self.weight @ x.mT).flatten(1)
-
-    shape = (6, 3) if order else (3, 6)
-    return Computed(compute, weight=nn.Parameter(torch.randn(shape)))
-
-
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 3), (2, 6)),
-    "linear_on_sequences": (lambda: nn.Linear(6, 3), (2, 4, 6)),
-    "conv_1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 7)),
-    "conv_2d": (
-        lambda: nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)),
-        (2, 2, 6, 5),
-    ),
-    "conv_2d_same": (lambda: nn.Conv2d(2, 4, (4, 3), padding="same"), (2, 2, 6, 5)),
-    "conv_2d_strided_past_the_end": (
-        lambda: nn.Conv2d(2, 3, 2, stride=4),
-        (2, 2, 7, 8),
-    ),
-    "conv_3d": (lambda: nn.Conv3d(2, 2, 2, padding=1), (2, 2, 2, 3, 2)),
-    "conv_transpose_1d": (
-        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, groups=2),
-        (2, 4, 5),
-    ),
-    "conv_transpose_2d": (
-        lambda: nn.ConvTranspose2d(
-            3, 2, (2, 3), stride=2, output_padding=1, dilation=2
-        ),
-        (2, 3, 3, 2),
-    ),
-    "product_from_the_right": (partial(product, True), (2, 4, 6)),
-    "product_from_the_left": (partial(product, False), (2, 4, 6)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("name", LAYERS)
-def test_rows_of_a_weight(name):
-    factory, shape = LAYERS[name]
-    model, x = factory().double(), random(*shape)
-    function = ModelFunction(model, parameters="weight")
-    survey = surveyed(function, function.params | function.fixed, x, ["weight"])
-    (member,) = survey.members["weight"]
-    (use,) = survey.uses[member.tap]
-    tap, call = survey.recording.taps[member.tap], survey.calls[member.tap]
-    assert isinstance(use, Outer)
-    assert isinstance(call, Call)
-    assert tap.function in RULES
-    q, t, c, d = use.shape
-    weight = model.weight.detach()
-    assert q * c * d == weight.numel()
-    assert use.matrix(weight).shape == (q, c, d)
-    assert torch.equal(use.weight(use.matrix(weight)), weight)
-    a = use.a(slice(None))
-    assert a.shape == (2, q, t, d)
-    for start in range(d):
-        for stop in range(start + 1, d + 1):
-            assert torch.equal(
-                use.a(slice(1, 2), slice(start, stop)), a[1:, :, :, start:stop]
-            )
-    gradient = random(*tap.shape)
-    assert use.right(gradient).shape == (2, q, t, c)
-    for i in range(2):  # example by example
-        alone = call.first(gradient)[i : i + 1]
-        leaf = model.weight.detach().requires_grad_()
-        y = torch.func.functional_call(model, {"weight": leaf}, (x[i : i + 1],))
-        (row,) = torch.autograd.grad(y, leaf, alone.reshape(y.shape))
-        assert relative_error(use.rows(gradient)[i], row) < TOLERANCE
-
-
-def test_repetitions_of_an_expanded_tensor_are_left_out():
-    whole = random(1, 3, 1).expand(4, 3, 5)
-    assert unexpanded(whole).shape == (1, 3, 1)
-    assert torch.equal(unexpanded(whole).expand(4, 3, 5), whole)
-    assert unexpanded(random(4, 3)).shape == (4, 3)
-    assert math.prod(unexpanded(random(1).expand(7)).shape) == 1
