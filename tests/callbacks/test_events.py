@@ -1,28 +1,20 @@
-"""Loss spikes, learning-rate changes, and a limit on the time that measuring takes."""
+"""Loss spikes and learning-rate changes are measured, in a resumed run as well."""
 
-import itertools
-import logging
 import math
 import statistics
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from monitored import Plain, fit, same, seeded
 from torch.nn.functional import cross_entropy
 
 from ntk_callbacks import (
     ParameterDriftMonitor,
     PredictionMonitor,
-    at,
-    capped,
     either,
-    every,
     learning_rate_change,
     loss_spike,
 )
-from ntk_callbacks.callbacks import when
-from ntk_callbacks.callbacks.as_schedule import as_schedule
 from ntk_callbacks.callbacks.when import When
 
 
@@ -30,9 +22,6 @@ def steps_of(schedule, model=None, **settings):
     monitor = ParameterDriftMonitor(schedule, on_error="raise")
     fit(model or Plain(), [monitor], **settings)
     return [step for step, _ in monitor.history]
-
-
-# Loss spikes --------------------------------------------------------------------------
 
 
 class Spiky(Plain):
@@ -125,9 +114,6 @@ def test_loss_is_not_read_where_no_event_asks_for_it():
     When(either("epoch", learning_rate_change()), "test").note_loss(1, Unreadable())
 
 
-# Learning rates -----------------------------------------------------------------------
-
-
 class Scheduled(Plain):
     def __init__(self, rate):
         super().__init__()
@@ -180,9 +166,6 @@ def test_prediction_knows_of_events_beforehand():
     assert all("prediction/explained" in found[step] for step in (3, 11, 14, 20))
 
 
-# Resume -------------------------------------------------------------------------------
-
-
 class Eventful(Plain):
     """Data and loss by the step alone, so that a resumed loader does not matter."""
 
@@ -212,164 +195,3 @@ def test_resumed_run_sees_the_events_of_an_unbroken_one(stop):
     broken.trainer.save_checkpoint("stop.ckpt")
     _, resumed = run(max_steps=20, ckpt_path="stop.ckpt")
     same(whole, resumed)
-
-
-# Overhead -----------------------------------------------------------------------------
-
-
-class Clock:
-    """Time that goes by only when told to."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def perf_counter(self):
-        return self.now
-
-
-def test_measurements_that_would_cost_too_much_are_left_out(monkeypatch):
-    """A step of 1 s; measuring takes 0.5 s, from step 101 on 3 s; at most a tenth."""
-    clock = Clock()
-    monkeypatch.setattr(when, "time", clock)
-    watch = When(capped(1, 0.1), "test")
-    measured, spent, last = [], 0.0, 0.0
-    for step in range(1, 200):
-        clock.now += 1.0
-        due = watch.due(step)
-        assert due == (spent + last <= 0.1 * step + 1e-9)
-        clock.now += 50.0
-        assert watch.due(step) == due  # asked again later, it answers the same
-        clock.now -= 50.0
-        if due:
-            last = 3.0 if step > 100 else 0.5
-            clock.now += last
-            watch.spent(last)
-            spent += last
-            measured.append(step)
-    assert measured[:4] == [1, 10, 15, 20]
-    assert measured[-1] - measured[-2] == 30
-
-
-def test_what_is_prepared_before_a_measurement_counts_with_it(monkeypatch):
-    """Of 0.5 s each, 0.4 s before the update."""
-    clock = Clock()
-    monkeypatch.setattr(when, "time", clock)
-    watch = When(capped(1, 0.1), "test")
-    measured = []
-    for step in range(1, 30):
-        clock.now += 1.0
-        if watch.due(step):
-            clock.now += 0.5
-            watch.prepared(0.4)
-            watch.spent(0.1)
-            measured.append(step)
-    assert measured == [1, 10, 15, 20, 25]
-
-
-class Slowly(Callback):
-    """Every batch takes a second, every measurement two."""
-
-    def __init__(self, clock):
-        self.clock = clock
-
-    def on_train_batch_start(self, *_):
-        self.clock.now += 1.0
-
-
-class Measured(ParameterDriftMonitor):
-    clock = None
-
-    def _report(self, *arguments):
-        self.clock.now += 2.0
-        super()._report(*arguments)
-
-
-def test_overhead_of_a_run(monkeypatch, caplog):
-    clock = Clock()
-    monkeypatch.setattr(when, "time", clock)
-    monkeypatch.setattr("ntk_callbacks.callbacks.monitor.time", clock)
-    monkeypatch.setattr(Measured, "clock", clock)
-    monitor = Measured("1 steps, max_overhead=0.25", on_error="raise")
-    with caplog.at_level(logging.INFO):
-        fit(Plain(), [Slowly(clock), monitor], max_steps=40)
-    steps = [step for step, _ in monitor.history]
-    # The k-th takes the sum to 2 k seconds, at most a quarter of the steps so far; the
-    # last comes in any case.
-    assert steps == [0, 16, 24, 32, 40]
-    said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
-    assert said == [
-        "Measured: a measurement takes 2 s; some that are due are left out, so that "
-        "all together take at most 0.25 of the time of training."
-    ]
-
-
-# As text ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("loss spike", loss_spike()),
-        ("Learning-rate change", learning_rate_change()),
-        ("epoch, loss spikes", either("epoch", loss_spike())),
-        (
-            "epoch, at 1 10 , learning rate changes",
-            either("epoch", at(1, 10), learning_rate_change()),
-        ),
-        ("5 per decade, max_overhead=0.05", capped("5 per decade", 0.05)),
-        (
-            "epoch, loss spike, max_overhead = .01",
-            capped(either("epoch", loss_spike()), 0.01),
-        ),
-    ],
-)
-def test_texts(text, expected):
-    found = as_schedule(text)
-    assert found.text == expected.text
-    assert found.events == expected.events
-    assert found.max_overhead == expected.max_overhead
-    for step, epoch in itertools.product(range(1, 25), (None, 1)):
-        assert found.due(step, epoch) == expected.due(step, epoch)
-
-
-def test_text_of_a_schedule_names_all_of_it():
-    schedule = capped(either(every(3), "epoch", loss_spike(3, 9), every(3)), 0.5)
-    assert schedule.text == (
-        "3 steps, 1 epochs, loss spike (3 deviations over 9 updates), max_overhead=0.5"
-    )
-    assert capped(schedule, 0.1).text.endswith("9 updates), max_overhead=0.1")
-    tightest = either(schedule, capped("epoch", 0.2))
-    assert tightest.max_overhead == 0.2
-    assert tightest.text.count("max_overhead") == 1
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: loss_spike(0),
-        lambda: loss_spike(-1.0),
-        lambda: loss_spike(math.nan),
-        lambda: loss_spike("big"),
-        lambda: loss_spike(over=1),
-        lambda: loss_spike(over=2.5),
-        lambda: learning_rate_change(1),
-        lambda: learning_rate_change(0.1),
-        lambda: learning_rate_change("big"),
-        either,
-        lambda: either("epoch", "now"),
-        lambda: capped("epoch", 0),
-        lambda: capped("epoch", -0.1),
-        lambda: capped("epoch", "5%"),
-        lambda: capped("epoch", math.nan),
-        lambda: capped("epoch", math.inf),
-        lambda: capped("epoch", True),
-        lambda: as_schedule("epoch, max_overhead=0"),
-        lambda: as_schedule("max_overhead=0.1"),
-        lambda: as_schedule("epoch, 10"),
-        lambda: as_schedule("at 1, 10"),
-        lambda: as_schedule("epoch,"),
-    ],
-)
-def test_what_makes_no_schedule(make):
-    with pytest.raises(ValueError, match=r"expected|at least"):
-        make()
