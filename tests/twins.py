@@ -1,4 +1,4 @@
-"""Models moved away from where their twin was taken."""
+"""Linearized twins that are moved away from where they were taken."""
 
 import torch
 

@@ -16,6 +16,10 @@ from ntk_callbacks.engine.survey import surveyed
 from ntk_callbacks.functional import ModelFunction
 
 
+# What rules say of a weight: the two layouts are the inverse of one another, and the
+# rows are those of autograd.
+
+
 def product(order):
     def compute(self, x):
         return (x @ self.weight if order else self.weight @ x.mT).flatten(1)
