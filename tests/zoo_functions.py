@@ -1,4 +1,4 @@
-"""Parameters in single functions: sliced, written into, looked up, computed from data."""
+"""Parameters in single functions: sliced, looked up, computed from data."""
 
 from collections.abc import Callable
 from typing import Any

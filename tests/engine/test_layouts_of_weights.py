@@ -15,7 +15,6 @@ from ntk_callbacks.engine.rules import RULES
 from ntk_callbacks.engine.survey import surveyed
 from ntk_callbacks.functional import ModelFunction
 
-
 # What rules say of a weight: the two layouts are the inverse of one another, and the
 # rows are those of autograd.
 
