@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tanh_tables import ROOT, ROUNDED, TANH, rows
 from torch import nn
 
 from ntk_callbacks.theory import (
@@ -15,29 +16,6 @@ from ntk_callbacks.theory import (
     q_map,
     signal_trajectory,
 )
-
-ROOT = 0.05**0.5
-# σ_w, q*, χ, c*, slope of the c-map at c*, ξ_q, ξ_c of tanh at σ_b² = 0.05: an
-# independent numpy/scipy implementation, quadrature and plain iteration.
-TANH = """
-1.0 0.19359252024529772 0.7590316471853928 1.0 1.7476262429019958 3.626975618052957
-1.2 0.3857459868907243 0.922422501556989 1.0 1.7181062833536178 12.38360713461642
-1.3 0.5270871078692367 0.9845121931730271 1.0 1.5644387267986595 64.06562026464097
-1.5 0.8894249172824917 1.092337929486261 0.5672249267602613 1.2729746682703649 15.11708645289285
-2.0 2.1954939280344874 1.3424024144451918 0.16506496202287407 0.8732933719602869 6.98027353297959
-3.0 6.367052031368878 1.8512579962763174 0.039257678599176456 0.5980996501452148 4.488751615099052
-"""  # noqa: E501
-# The same implementation, to six digits.
-ROUNDED = """
-tanh 1.4 0.695716 1.04009 0.779793 1.408675 29.166898
-erf 1.0 0.288427 0.867595 1.0 1.673746 7.040729
-erf 1.5 1.157266 1.207465 0.339135 0.990302 8.549691
-erf 2.0 2.578178 1.514212 0.113089 0.712967 5.401898
-"""
-
-
-def rows(table):
-    return [line.split() for line in table.strip().splitlines()]
 
 
 def plain_tanh_maps(sigma_w, sigma_b):
@@ -154,95 +132,6 @@ def test_decreasing_map_has_its_fixed_point_found():
     assert q == pytest.approx(0.64 * (1 + math.exp(-2 * q)) / 2 + 0.01, rel=1e-12)
     slope = 0.64 * math.exp(-2 * q)
     assert found.xi_q.item() == pytest.approx(-1 / math.log(slope), rel=1e-9)
-
-
-# ReLU and its kin, known in closed form.
-
-
-def test_relu_below_its_critical_point():
-    found = mean_field("relu", 1.2, 0.3)
-    assert found.q.item() == pytest.approx(0.09 / (1 - 0.72), rel=1e-12)
-    assert found.chi.item() == pytest.approx(0.72, rel=1e-12)
-    assert found.xi_q.item() == found.xi_c.item() == pytest.approx(-1 / math.log(0.72))
-
-
-def test_relu_at_its_critical_point_keeps_every_variance():
-    for q0 in (0.1, 1.0, 20.0):
-        found = mean_field("relu", 2**0.5, 0.0, q0=q0)
-        assert found.q.item() == q0
-        assert found.chi.item() == pytest.approx(1, abs=1e-15)
-        assert found.xi_q == found.xi_c == torch.inf
-        assert not found.is_chaotic
-
-
-@pytest.mark.parametrize(
-    ("sigma_w", "sigma_b"), [(2**0.5, 0.1), (1.5, 0.0), (3.0, 1.0)]
-)
-def test_relu_above_it_diverges(sigma_w, sigma_b):
-    found = mean_field("relu", sigma_w, sigma_b)
-    assert found.q == found.xi_q == torch.inf
-    assert found.c.isnan()
-    assert found.xi_c.isnan()
-    assert found.chi.item() == pytest.approx(sigma_w**2 / 2)
-
-
-@pytest.mark.parametrize(
-    ("depth", "ratio", "tolerance"),
-    [
-        (10, 0.2304567663463576, 1e-12),
-        (100, 0.7761853687507205, 1e-11),
-        (1000, 0.9671903996127637, 2e-9),
-        # A number c near 1 has lost nine digits of 1 − c, layer after layer.
-        pytest.param(10_000, 0.9959613541258204, 2e-6, marks=pytest.mark.slow),
-    ],
-)
-def test_relu_correlations_approach_one_as_a_power(depth, ratio, tolerance):
-    """1 − c_l → 9π²/(2 l²); the ratios are those of an independent recursion."""
-    c = signal_trajectory("relu", 2**0.5, 0.0, depth=depth, q=1.0, c=0.5).c
-    found = (1 - c[-1].item()) * 2 * depth**2 / (9 * math.pi**2)
-    assert found == pytest.approx(ratio, rel=tolerance)
-
-
-# Near criticality, where iteration takes forever.
-
-
-@pytest.mark.parametrize("excess", [1e-2, 1e-4, 1e-6])
-def test_small_signals_near_criticality_follow_the_expansion(excess):
-    """Tanh, σ_b = 0: V(q) = σ_w² (q − 2q² + 17/3 q³ − …)."""
-    w2 = 1 + 2 * excess
-    found = mean_field("tanh", w2**0.5, 0.0).q.item()
-    assert found == pytest.approx(excess, rel=3 * excess + 1e-9)
-    # Second order: 1 − 2q + 17/3 q² = 1/σ_w².
-    root = (2 - math.sqrt(4 - 4 * 17 / 3 * (1 - 1 / w2))) / (2 * 17 / 3)
-    assert found == pytest.approx(root, rel=20 * excess**2 + 1e-9)
-
-
-def test_signals_that_die_have_variance_zero():
-    for sigma_w in (0.3, 1.0):
-        found = mean_field("tanh", sigma_w, 0.0)
-        assert found.q == 0
-        assert found.c == 1
-        assert found.chi.item() == pytest.approx(sigma_w**2)
-
-
-def test_correlation_of_an_odd_activation_without_bias_goes_to_zero():
-    found = mean_field("erf", 1.5, 0.0)
-    assert found.c.item() == pytest.approx(0, abs=1e-12)
-
-
-def test_correlation_just_inside_the_chaotic_phase():
-    """1 − c* ≈ 2 (χ − 1)/C''(1), with C''(1) = σ_w² q E φ''²."""
-    from ntk_callbacks.theory import critical_point
-
-    point = critical_point("tanh", ROOT)
-    field = mean_field("tanh", point.sigma_w * (1 + 1e-5), ROOT)
-    z = torch.arange(-9, 9.01, 0.01, dtype=torch.float64)
-    t = (field.q.sqrt() * z).tanh()
-    density = 0.01 * (-(z**2) / 2).exp() / math.sqrt(2 * math.pi)
-    bend = point.sigma_w**2 * field.q * (density * (2 * t * (1 - t**2)) ** 2).sum()
-    expected = 2 * (field.chi - 1) / bend
-    assert (1 - field.c).item() == pytest.approx(expected.item(), rel=1e-3)
-    assert field.xi_c.item() == pytest.approx(1 / (field.chi.item() - 1), rel=1e-3)
 
 
 # Grids.
