@@ -1,4 +1,4 @@
-"""A measurement reaches every logger: as much of it as that logger can take."""
+"""A measurement reaches the loggers there are: as much of it as each can take."""
 
 import math
 
@@ -7,68 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from loggers import Drawing, Recorder, events_of, measurement
 
 from ntk_callbacks.record import Measurement
-from ntk_callbacks.reporting.introduction import introduce
 from ntk_callbacks.reporting.loggers import report
-
-
-class Recorder:
-    """A logger for scalars alone."""
-
-    def __init__(self):
-        self.logged = []
-
-    def log_metrics(self, metrics, step):
-        self.logged.append((step, metrics))
-
-
-class Drawing(Recorder):
-    """A logger whose experiment writes down how it is called."""
-
-    def __init__(self):
-        super().__init__()
-        self.histograms = []
-        self.images = []
-
-    @property
-    def experiment(self):
-        return self
-
-    def add_histogram(self, tag, values, step, bins):
-        self.histograms.append((tag, values, step, bins))
-
-    def add_image(self, tag, image, step):
-        self.images.append((tag, image, step))
-
-
-class Failing:
-    def log_metrics(self, metrics, step):
-        raise ConnectionError("the server is gone")
-
-
-class Unreachable(Recorder):
-    @property
-    def experiment(self):
-        raise RuntimeError("no connection")
-
-
-def measurement(step=3, **changes):
-    parts = {
-        "scalars": {"ntk/trace": 2.5, "ntk/kernel_velocity": math.nan},
-        "vectors": {"ntk/eigenvalues_log10": torch.tensor([-1.0, 0.0, 0.5, 2.0])},
-        "matrices": {"ntk/kernel": torch.tensor([[2.0, 1.0], [1.0, 3.0]])},
-    }
-    return Measurement(step, **{**parts, **changes})
-
-
-def events_of(logger):
-    logger.finalize("success")
-    return EventAccumulator(
-        logger.log_dir, size_guidance={"scalars": 0, "histograms": 0, "images": 0}
-    ).Reload()
-
 
 # Loggers as they are.
 
@@ -153,126 +95,6 @@ def test_csv_gets_the_scalars(tmp_path):
 
 def test_dummy_logger_takes_everything():
     assert report(measurement(), [DummyLogger()]) == []
-
-
-# Loggers of all kinds.
-
-
-def test_without_loggers_nothing_happens():
-    assert report(measurement(), []) == []
-
-
-def test_an_experiment_that_does_not_draw_gets_scalars_alone():
-    class Table(Recorder):
-        experiment = object()
-
-    for logger in (Recorder(), Table()):
-        assert report(measurement(), [logger]) == []
-        assert [step for step, _ in logger.logged] == [3]
-        assert logger.logged[0][1].keys() == {"ntk/trace", "ntk/kernel_velocity"}
-
-
-def test_an_experiment_that_draws_only_one_kind_is_left_alone():
-    class Histograms(Drawing):
-        add_image = property()
-
-    logger = Histograms()
-    assert report(measurement(), [logger]) == []
-    assert logger.logged
-    assert not logger.histograms
-
-
-def test_numbers_arrive_as_they_are():
-    scalars = {"a": math.inf, "b": -math.inf, "c": 1e-300, "d": 0.0}
-    logger = Recorder()
-    assert report(measurement(scalars=scalars), [logger]) == []
-    assert logger.logged == [(3, scalars)]
-
-
-def test_a_logger_may_change_the_numbers_it_is_given():
-    class Prefixing(Recorder):
-        def log_metrics(self, metrics, step):
-            metrics["epoch"] = 0
-
-    taken = measurement()
-    last = Recorder()
-    report(taken, [Prefixing(), last])
-    assert "epoch" not in taken.scalars
-    assert "epoch" not in last.logged[0][1]
-
-
-def test_a_logger_that_raises_is_named_and_the_others_get_everything():
-    first, last = Drawing(), Drawing()
-    failures = report(measurement(), [first, Failing(), last])
-    assert [(name, str(error)) for name, error in failures] == [
-        ("Failing", "the server is gone")
-    ]
-    assert isinstance(failures[0][1], ConnectionError)
-    for logger in (first, last):
-        assert len(logger.logged) == len(logger.histograms) == len(logger.images) == 1
-
-
-def test_an_experiment_that_raises_is_named_after_the_scalars_arrived():
-    logger = Unreachable()
-    ((name, error),) = report(measurement(), [logger])
-    assert (name, str(error)) == ("Unreachable", "no connection")
-    assert logger.logged
-
-
-def test_a_picture_that_fails_keeps_no_other_from_a_logger():
-    class Picky(Drawing):
-        def add_histogram(self, tag, values, step, bins):
-            super().add_histogram(tag, values, step, bins)
-            if tag == "v":
-                raise TypeError("not these values")
-
-    logger = Picky()
-    vectors = {tag: torch.tensor([1.0, 2.0]) for tag in ("u", "v", "w")}
-    ((name, error),) = report(measurement(vectors=vectors), [logger])
-    assert (name, str(error)) == ("Picky", "not these values")
-    assert [tag for tag, *_ in logger.histograms] == ["u", "v", "w"]
-    assert [tag for tag, *_ in logger.images] == ["ntk/kernel"]
-
-
-def test_two_loggers_of_one_type_are_told_apart():
-    failures = report(measurement(), [Failing(), Recorder(), Failing()])
-    assert [name for name, _ in failures] == ["Failing", "Failing (2)"]
-
-
-def test_an_explanation_is_written_where_the_layout_fails():
-    class Broken(Drawing):
-        texts = ()
-
-        def add_custom_scalars(self, layout):
-            raise OSError("no room")
-
-        def add_text(self, tag, text, step):
-            self.texts += (tag,)
-
-    broken, whole = Broken(), Broken()
-    whole.add_custom_scalars = lambda layout: None
-    tags = ["params/displacement"]
-    failures = introduce(tags, "params", ["params"], [Unreachable(), broken, whole])
-    assert [(name, str(error)) for name, error in failures] == [
-        ("Unreachable", "no connection"),
-        ("Broken", "no room"),
-    ]
-    assert broken.texts == whole.texts == ("params/curves",)
-
-
-def test_something_that_is_no_logger_is_a_failure_not_a_crash():
-    ((name, error),) = report(measurement(), [object()])
-    assert name == "object"
-    assert isinstance(error, AttributeError)
-
-
-def test_the_user_can_still_interrupt():
-    class Interrupted:
-        def log_metrics(self, metrics, step):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        report(measurement(), [Interrupted()])
 
 
 # Measurements of all kinds.
