@@ -1,4 +1,4 @@
-"""What a user sees: from a fit, through the event file, to pixels in a browser."""
+"""What a user sees: from an event file, through TensorBoard, to pixels in a browser."""
 
 import io
 import json
@@ -8,198 +8,21 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+import event_files
 import numpy as np
 import pytest
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from oracles import ntk_by_loop
+from event_files import HISTOGRAMS, IMAGES, NTK_STEPS, SCALARS
 from PIL import Image
-from selenium.common.exceptions import (
-    StaleElementReferenceException,
-    TimeoutException,
-)
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.support.ui import WebDriverWait
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from ntk_callbacks import JacobianMonitor, NTKMonitor, ParameterDriftMonitor, Probe, at
+run = event_files.run
 
-# Two epochs of three steps, and three monitors that agree only on the first and last.
-NTK_STEPS = [0, 2, 4, 6]
-PARAMS_STEPS = [0, 3, 6]
-JACOBIAN_STEPS = [0, 1, 5, 6]
-SCALARS = {
-    "ntk/condition_number": NTK_STEPS,
-    "ntk/eigenvalue_max": NTK_STEPS,
-    "ntk/eigenvalue_min": NTK_STEPS,
-    "ntk/entropy_rank": NTK_STEPS,
-    "ntk/kernel_distance": NTK_STEPS,
-    "ntk/kernel_velocity": NTK_STEPS,
-    "ntk/max_learning_rate": NTK_STEPS,
-    "ntk/off_diagonal_share": NTK_STEPS,
-    "ntk/participation_ratio": NTK_STEPS,
-    "ntk/relative_change": NTK_STEPS,
-    "ntk/target_alignment": NTK_STEPS,
-    "ntk/trace": NTK_STEPS,
-    "params/cosine_to_init": PARAMS_STEPS,
-    "params/displacement": PARAMS_STEPS,
-    "params_tensors/displacement/net.0.bias": PARAMS_STEPS,
-    "params_tensors/displacement/net.0.weight": PARAMS_STEPS,
-    "params_tensors/displacement/net.2.bias": PARAMS_STEPS,
-    "params_tensors/displacement/net.2.weight": PARAMS_STEPS,
-    "params/path_length": PARAMS_STEPS,
-    "jacobian/condition_number": JACOBIAN_STEPS,
-    "jacobian/isometry_gap": JACOBIAN_STEPS,
-    "jacobian/log_std": JACOBIAN_STEPS,
-    "jacobian/mean_square": JACOBIAN_STEPS,
-    "jacobian/singular_value_max": JACOBIAN_STEPS,
-    "jacobian/singular_value_min": JACOBIAN_STEPS,
-}
-HISTOGRAMS = {
-    "ntk/eigenvalues_log10": NTK_STEPS,
-    "jacobian/singular_values_log10": JACOBIAN_STEPS,
-}
-IMAGES = {
-    "ntk/kernel": NTK_STEPS,
-    **{f"{tag}_over_time": [6] for tag in HISTOGRAMS},
-}
-CLASSES = torch.tensor([2, 0, 1, 0, 2, 1, 1, 0, 2, 0])  # in no order, of unequal sizes
 PATIENCE = 60  # seconds a page or a server may take on a busy machine
-
-
-class Classifier(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch):
-        x, y = batch
-        return nn.functional.cross_entropy(self(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.5)
-
-
-def clusters(classes):
-    """Inputs near one of three axes: similar within a class, orthogonal between."""
-    return 2 * torch.eye(3)[classes] + 0.3 * torch.randn(len(classes), 3)
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: str
-    model: nn.Module
-    probe: Probe
-    events: EventAccumulator
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    torch.manual_seed(0)
-    y = torch.arange(24) % 3
-    data = DataLoader(TensorDataset(clusters(y), y), batch_size=8, shuffle=True)
-    probe = Probe(clusters(CLASSES), CLASSES)
-    model = Classifier()
-    logger = TensorBoardLogger(tmp_path_factory.mktemp("run"), name="", version="")
-    Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[
-            NTKMonitor(probe, every=2, on_error="raise"),
-            ParameterDriftMonitor(every="epoch", on_error="raise"),
-            JacobianMonitor(probe, every=at(1, 5), on_error="raise"),
-        ],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(model, data)
-    events = EventAccumulator(
-        logger.log_dir, size_guidance={"scalars": 0, "histograms": 0, "images": 0}
-    )
-    return Run(logger.log_dir, model, probe, events.Reload())
-
-
-# The event file.
-
-
-def test_event_file_holds_every_tag_at_the_scheduled_steps(run):
-    events = run.events
-    tags = events.Tags()
-    assert {
-        tag: [event.step for event in events.Scalars(tag)]
-        for tag in tags["scalars"]
-        if tag.startswith(("ntk", "params", "jacobian"))
-    } == SCALARS
-    assert {
-        tag: [event.step for event in events.Histograms(tag)]
-        for tag in tags["histograms"]
-    } == HISTOGRAMS
-    assert {
-        tag: [event.step for event in events.Images(tag)] for tag in tags["images"]
-    } == IMAGES
-
-
-def test_only_the_velocity_before_the_first_step_is_unknown(run):
-    unknown = {
-        (tag, event.step)
-        for tag in SCALARS
-        for event in run.events.Scalars(tag)
-        if not np.isfinite(event.value)
-    }
-    assert unknown == {("ntk/kernel_velocity", 0)}
-
-
-def test_histograms_count_every_eigenvalue_and_singular_value_once(run):
-    counts = {
-        tag: [event.histogram_value.num for event in run.events.Histograms(tag)]
-        for tag in HISTOGRAMS
-    }
-    each = len(CLASSES) * 3  # three outputs, each with its own direction
-    assert counts == {
-        "ntk/eigenvalues_log10": [each] * len(NTK_STEPS),
-        "jacobian/singular_values_log10": [each] * len(JACOBIAN_STEPS),
-    }
-
-
-def one_pixel_of_each_entry(png, n):
-    """RGB of the middle of every square of an image of n by n squares."""
-    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-    side = len(pixels) // n
-    assert pixels.shape == (side * n, side * n, 3)
-    return pixels[side // 2 :: side, side // 2 :: side]
-
-
-# Viridis as Matplotlib prints it at 0, 1/8, … 1; its green never falls.
-GREENS = [1, 44, 81, 113, 145, 173, 201, 220, 231]
-
-
-def test_image_is_the_kernel_of_the_trained_network_in_class_blocks(run):
-    classes = run.probe.targets.tolist()
-    order = sorted(range(len(classes)), key=lambda i: (classes[i], i))
-    full = ntk_by_loop(run.model, run.probe.inputs)  # the weights of the last step
-    kernel = np.array([[full[i, j].trace().item() / 3 for j in order] for i in order])
-    image = run.events.Images("ntk/kernel")[-1]
-    green = one_pixel_of_each_entry(image.encoded_image_string, len(classes))[..., 1]
-
-    position = (kernel - kernel.min()) / (kernel.max() - kernel.min())
-    expected = np.interp(position, np.linspace(0, 1, 9), GREENS)
-    assert np.abs(green - expected).max() <= 2  # rounding, and that of the nine colors
-
-    labels = np.array(classes)[order]
-    same = labels[:, None] == labels[None]
-    assert green[same].min() > green[~same].max()
-
 
 # TensorBoard itself.
 
@@ -311,7 +134,6 @@ def test_tensorboard_serves_the_heat_maps(server, run):
 
 # The browser.
 
-
 # For every card of a page: its tag, and what is drawn in it. Dashboards hide both in
 # nested shadow roots, which selectors alone do not enter.
 CARDS = """
@@ -385,6 +207,7 @@ def dashboard(browser, server, tmp_path):
 
 
 CURVES = ("ntk/trace", "params/displacement", "jacobian/log_std")
+
 ONE_SLICE_PER_STEP = {tag: len(steps) for tag, steps in HISTOGRAMS.items()}
 
 
