@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fixed_point_tables import rows
 from torch import nn
 
 from ntk_callbacks.theory import (
@@ -50,10 +51,6 @@ hard_tanh 0.25 1.4717276991547092 1.013379661734532
 tanh 0.2 2.2851524737 1.1644962875
 erf 0.2 1.7881797673 1.0459331500
 """
-
-
-def rows(table):
-    return [line.split() for line in table.strip().splitlines()]
 
 
 def identity(row):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tanh_tables import ROOT, ROUNDED, TANH, rows
+from fixed_point_tables import ROOT, ROUNDED, TANH, rows
 from torch import nn
 
 from ntk_callbacks.theory import (

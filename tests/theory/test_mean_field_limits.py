@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tanh_tables import ROOT
+from fixed_point_tables import ROOT
 
 from ntk_callbacks.theory import mean_field, signal_trajectory
 

@@ -1,4 +1,4 @@
-"""Tables of tanh networks at σ_b² = 0.05."""
+"""Tables of fixed points at σ_b² = 0.05, mostly of tanh, and how they are read."""
 
 ROOT = 0.05**0.5
 
