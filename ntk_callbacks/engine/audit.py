@@ -104,7 +104,7 @@ def _compared(
     whole = torch.stack(list(norms.values())).sum(0)
     side = Side(function, params, x, plan.places, list(plan.sizes_of), mix)
     if plan.terms:
-        side.differentiate(plan.terms, plan.together)
+        side.differentiate(plan.terms, plan.at_once)
     found: dict[str, Tensor] = {}
     covered: dict[str, set[str]] = {}
     for term in plan.terms:

@@ -58,7 +58,7 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
             raise ChangedModelError("the number of outputs differs from the plan's")
         for sweep in plan.sweeps:
             for side in sides:
-                side.differentiate(sweep, plan.together)
+                side.differentiate(sweep, plan.at_once)
             for term in sweep:
                 part = problem.groups[term.name]
                 if part not in parts:

@@ -27,7 +27,8 @@ class Plan:
         exact: Parameter -> why it takes an exact route.
         joint: Whether they were known to depend on one another.
         coupled: Whether the examples depend on one another.
-        together: Whether the backward passes of all outputs are made as one.
+        at_once: Number of examples up to which the backward passes of all outputs are
+            made as one.
         propagation: Multiply-adds of one forward pass, as far as the taps tell.
         sweeps: Terms that are contracted after the same backward passes.
         block: Examples that are treated at a time.
@@ -54,7 +55,7 @@ class Plan:
     exact: dict[str, str]
     joint: bool
     coupled: bool
-    together: bool
+    at_once: float
     propagation: float
     sweeps: tuple[tuple[Term, ...], ...]
     block: int

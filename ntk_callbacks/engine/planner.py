@@ -20,14 +20,17 @@ from ntk_callbacks.nested import examples
 
 _log = logging.getLogger(__name__)
 
+_SMALL_PASS = 2**25
+"""Multiply-adds of a pass that takes longer than the calls it is made of."""
 
-def planned_for(problem: Problem, *, here: bool = True) -> Plan:
+
+def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
     """The cheapest plan that stands the audit.
 
     Args:
         problem: The kernel it is made for.
-        here: Whether it is held against autograd at the parameters of the model, and
-            not only beside them; for plans whose kernels are audited anyway.
+        proved: Whether it is held against autograd, at the parameters of the model and
+            beside them; False for plans all of whose kernels are audited.
 
     Returns:
         A plan; parameters that no rule is right for are on an exact route.
@@ -55,7 +58,7 @@ def planned_for(problem: Problem, *, here: bool = True) -> Plan:
         exact={},
         joint=problem.joint,
         coupled=any(coupled),
-        together=False,
+        at_once=0.0,
         propagation=0.0,
         sweeps=(),
         block=max(n1, n2),
@@ -72,14 +75,13 @@ def planned_for(problem: Problem, *, here: bool = True) -> Plan:
             places=tuple(found.places),
             terms=tuple(terms_of(found, problem, plan.sizes)),
             exact=found.exact,
-            together=_can_go_together(found),
+            at_once=_at_once(found),
             propagation=_propagation(found),
         )
         failed: dict[str, str] = {}
-        if function.device.type != "meta":  # there, there is nothing to compare
-            del found  # its graph takes memory
-            proved = (noisy, function.params | function.fixed)[: 1 + here]
-            for seed, params in enumerate(proved):
+        del found  # its graph takes memory
+        if proved and function.device.type != "meta":  # there, nothing can be compared
+            for seed, params in enumerate((noisy, function.params | function.fixed)):
                 failed |= failures(plan, problem, params, pair, seed)
     except UnsupportedModelError:
         raise
@@ -138,18 +140,20 @@ def _outers(survey: Survey) -> list[Outer]:
     return [use for uses in survey.uses for use in uses if isinstance(use, Outer)]
 
 
-def _can_go_together(survey: Survey) -> bool:
-    """Whether one backward pass for all outputs is faster than one for each."""
-    # It is where the products are small: for vectors, not for images or sequences.
-    if any(use.shape[1] > 1 for use in _outers(survey)):
-        return False
+def _at_once(survey: Survey) -> float:
+    """Examples up to which one backward pass for all outputs is faster than each."""
+    # It is where the products are small: for vectors, and for few or small images.
+    wide = any(use.shape[1] > 1 for use in _outers(survey))
+    limit = _SMALL_PASS / max(1.0, _propagation(survey)) if wide else math.inf
+    if limit < 2:
+        return 0.0
     outputs, taps = survey.recording.outputs, survey.recording.taps
     unit = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
     try:
         gradients_at(taps, outputs.sum(0), unit)
     except RuntimeError:  # an operator that cannot be batched
-        return False
-    return True
+        return 0.0
+    return limit
 
 
 def _propagation(survey: Survey) -> float:

@@ -45,14 +45,31 @@ def forward_mode(
     """
     pushed = []
     for tangent in tangents:
-        with _composite_kernels(), _forward_warnings(), forward_ad.dual_level():
-            dual = {
-                name: forward_ad.make_dual(parameter, tangent[name])
-                for name, parameter in function.params.items()
-            }
-            outputs, change = forward_ad.unpack_dual(function(dual, x))
-            pushed.append(torch.zeros_like(outputs) if change is None else change)
-    return [change.detach() for change in pushed]
+        try:
+            change = _pushed(function, x, tangent, _bare_dual)
+        except NotImplementedError:
+            change = _pushed(function, x, tangent, forward_ad.make_dual)
+        pushed.append(change.detach())
+    return pushed
+
+
+def _pushed(
+    function: ModelFunction, x: Inputs, tangent: Params, make_dual: Callable[..., Any]
+) -> Tensor:
+    level: Any
+    with _composite_kernels(), _forward_warnings(), forward_ad.dual_level() as level:
+        dual = {
+            name: make_dual(parameter, tangent[name], level=level)
+            for name, parameter in function.params.items()
+        }
+        outputs, change = forward_ad.unpack_dual(function(dual, x))
+        return torch.zeros_like(outputs) if change is None else change
+
+
+def _bare_dual(tensor: Tensor, tangent: Tensor, *, level: int) -> Tensor:
+    """`make_dual` without the rules that it compiles first; few models need them."""
+    dual: Tensor = torch._VF._make_dual(tensor, tangent, level=level)
+    return dual
 
 
 def double_backward(

@@ -72,7 +72,7 @@ class KernelSeries:
             if self.route != "auto":
                 return by_route(self.route, problem), None
             plan = self._known_plan(request, problem)
-            plan = plan or planned_for(problem, here=False)  # that is audited below
+            plan = plan or planned_for(problem, proved=False)  # the audit below does it
             parts, plan = measured(problem, plan)
             error = audit_error(plan, problem, parts, seed)
             if error > 10 * torch.finfo(problem.function.dtype).eps ** 0.5:

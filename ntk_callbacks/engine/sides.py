@@ -1,6 +1,6 @@
 """One side of a kernel: a forward pass, and backward passes to its taps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -78,12 +78,12 @@ class Side:
             self._uses[member.tap] = uses_of(call, place.rule)
         return self._uses[member.tap][member.slot]
 
-    def differentiate(self, terms: Sequence[Term], together: bool) -> None:
+    def differentiate(self, terms: Sequence[Term], at_once: float) -> None:
         """One backward pass for each output, to the taps of some terms.
 
         Args:
             terms: Those that are contracted next.
-            together: Whether the passes are made as one.
+            at_once: Number of examples up to which the passes are made as one.
         """
         forms: dict[int, dict[_Held, Callable[[Tensor], Tensor]]] = {}
         for term in terms:
@@ -91,9 +91,20 @@ class Side:
                 place = _held(term, member)
                 forms.setdefault(member.tap, {})[place] = self._form(term, member)
                 self._needed[place] = self._needed.get(place, 0) + 1
-        for gradients in self._passes(list(forms), together):
+        taps = [self.recording.taps[tap] for tap in forms]
+        sums = self.outputs.sum(0)  # the examples do not meet
+        if self.n <= at_once:
+            unit = torch.eye(self.o, dtype=sums.dtype, device=sums.device)
+            gradients = gradients_at(taps, sums, unit)
             for own in reversed(forms.values()):
                 gradient = gradients.pop()  # freed before the next one is copied
+                for place, form in own.items():
+                    self._held[place] = _of_each(form, gradient)
+            return
+        for number in sums:
+            gradients = gradients_at(taps, number)
+            for own in reversed(forms.values()):
+                gradient = gradients.pop()
                 for place, form in own.items():
                     found = form(gradient).detach()
                     self._held.setdefault(place, []).append(found)
@@ -107,18 +118,6 @@ class Side:
             return use.rows
         # Positions before channels: products with a are fastest so.
         return lambda gradient: use.right(gradient).contiguous()
-
-    def _passes(self, taps: list[int], together: bool) -> Iterator[list[Tensor]]:
-        """For each output, the gradients by the outputs of the taps."""
-        found = [self.recording.taps[tap] for tap in taps]
-        sums = self.outputs.sum(0)  # the examples do not meet
-        if together:
-            unit = torch.eye(self.o, dtype=sums.dtype, device=sums.device)
-            stacked = gradients_at(found, sums, unit)
-            yield from map(list, zip(*(g.unbind(0) for g in stacked), strict=True))
-        else:
-            for number in sums:
-                yield gradients_at(found, number)
 
     def strands(self, term: Term) -> list[Strand]:
         """The uses of a weight with their gradients."""
@@ -174,6 +173,15 @@ class Side:
             self._needed[place] -= 1
             if not self._needed[place]:
                 del self._needed[place], self._held[place]
+
+
+def _of_each(form: Callable[[Tensor], Tensor], stacked: Tensor) -> list[Tensor]:
+    """What is held of the gradients by each output, `(o, …)`."""
+    try:
+        found = torch.vmap(form)(stacked)
+    except Exception:  # a rule that takes derivatives itself, say
+        found = torch.stack([form(gradient) for gradient in stacked])
+    return list(found.detach().unbind(0))
 
 
 def _pulled_back(source: Tensor, leaf: Tensor, rows: Tensor) -> Tensor:

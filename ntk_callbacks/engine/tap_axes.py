@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.batch_axis import BatchAxis, located, telling_count
-from ntk_callbacks.engine.recording import Recording, gradients_at, record
+from ntk_callbacks.engine.recording import Recording, record
 from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.functional import ModelFunction
 from ntk_callbacks.nested import batch_size, map_tensors
 
 Axes: TypeAlias = list[BatchAxis | str | None]
 """For each tap its batch axis, None if nothing depends on it, or what is wrong."""
+
+_NOWHERE = "its use has no axis that the examples run along"
 
 
 def axes_of_taps(
@@ -48,22 +50,20 @@ def _axes(recording: Recording, n: int) -> tuple[Sequence[Tensor | None], Axes]:
         return unknown, [None for _ in taps]
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(outputs.shape, generator=generator).to(outputs)
-    found = [
-        gradients_at(taps, example @ direction)
+    edges = [tap.edge for tap in taps]
+    parts = [
+        torch.autograd.grad(
+            example @ direction, edges, retain_graph=True, allow_unused=True
+        )
         for example, direction in zip(outputs, directions, strict=True)
     ]
-    reached = torch.autograd.grad(
-        (outputs * directions).sum(),
-        [tap.edge for tap in taps],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    axes: Axes = [
-        None
-        if gradient is None
-        else located(list(parts)) or "its use has no axis that the examples run along"
-        for gradient, parts in zip(reached, zip(*found, strict=True), strict=True)
-    ]
+    reached: list[Tensor | None] = []
+    axes: Axes = []
+    for own in zip(*parts, strict=True):
+        some = [gradient for gradient in own if gradient is not None]
+        reached.append(torch.stack(some).sum(0) if some else None)
+        told = located(some) if len(some) == len(own) else None
+        axes.append((told or _NOWHERE) if some else None)
     return reached, _as_others(taps, reached, axes)
 
 
