@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -15,6 +15,7 @@ from ntk_callbacks.engine.execution import contracted_term, run
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.sides import ChangedModelError, Side
+from ntk_callbacks.engine.terms import Term
 from ntk_callbacks.layout import symmetric
 
 _COMBINATIONS = 2  # of the outputs, drawn at random
@@ -39,11 +40,21 @@ def failures(
     Returns:
         Parameter -> what was found; empty if the plan is right.
     """
+    if not plan.names:
+        return {}
+    mix = _combinations(plan, problem, seed)
+    found = _Found(plan, problem)
+    names = list(plan.sizes_of)
+    side = Side(problem.function, params, x, plan.places, names, mix)
+    if plan.terms:
+        side.differentiate(plan.terms, plan.at_once)
+    for term in plan.terms:
+        found.add(term, side)
     wrong: dict[str, str] = {}
-    for names, error, explained in _compared(plan, problem, params, x, seed):
+    for own, error, explained in found.against_autograd(params, x, mix):
         if not explained:
             reason = f"its kernel was off by {error:.1e} in an audit"
-            wrong |= dict.fromkeys(names, reason)
+            wrong |= dict.fromkeys(own, reason)
     return wrong
 
 
@@ -67,67 +78,87 @@ def audit_error(
         if all is well. NaN if the kernel is not finite, ∞ if the model has changed or
         autograd gives a finite one.
     """
+    if plan.coupled:  # no two examples can be told from the others, nor a term
+        return 0.0
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(problem.sizes[0], generator=generator)[:2].sort().values
     some = replace(problem, x2=None).at(chosen.tolist())
     params = problem.function.params | problem.function.fixed
+    mix, found = _combinations(plan, problem, seed), _Found(plan, problem)
+
+    def seen(term: Term, sides: list[Side]) -> None:
+        found.add(term, sides[0].mixed(term, mix))
+
     try:
+        # One block: two examples fit whatever the budget, or a term is exact.
+        block = torch.stack(list(run(replace(plan, block=2), some, seen).values()))
         errors = [
             math.inf if math.isnan(error) and not explained else error
-            for _, error, explained in _compared(plan, problem, params, some.x1, seed)
+            for _, error, explained in found.against_autograd(params, some.x1, mix)
         ]
-        if not plan.coupled and problem.x2 is None:
-            again = torch.stack(list(run(plan, some).values())).sum(0)
-            whole = torch.stack(list(parts.values())).sum(0)
-            place = chosen.to(whole.device)
-            difference = whole[place][:, place] - again
-            errors.append(_error(difference, _norms(again, problem.outputs)))
     except ChangedModelError:  # since the kernel was measured
         return math.inf
-    found = torch.tensor([0.0, *errors], dtype=torch.double)
-    return float(found.max())  # NaN if one of them is
+    if problem.x2 is None:
+        again = block.sum(0)
+        whole = torch.stack(list(parts.values())).sum(0)
+        place = chosen.to(whole.device)
+        difference = whole[place][:, place] - again
+        errors.append(_error(difference, _norms(again, problem.outputs)))
+    worst = torch.tensor([0.0, *errors], dtype=torch.double)
+    return float(worst.max())  # NaN if one of them is
 
 
-def _compared(
-    plan: Plan, problem: Problem, params: Params, x: Inputs, seed: int
-) -> list[tuple[set[str], float, bool]]:
-    """For each group of parameters: names, error, whether round-off explains it."""
-    if not plan.names:
-        return []
-    function, names, outputs = problem.function, plan.names, problem.outputs
-    c = plan.sizes.o
+def _combinations(plan: Plan, problem: Problem, seed: int) -> Tensor:
+    """Of the outputs, `(c, o)`, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
+    c = plan.sizes.o
     mix = torch.randn(c, min(c, _COMBINATIONS), generator=generator)
-    mix = mix.to(function.device, function.dtype)
-    parts = _by_autograd(problem, params, x, names, mix)
-    norms = {name: _norms(kernel, outputs) for name, kernel in parts.items()}
-    whole = torch.stack(list(norms.values())).sum(0)
-    side = Side(function, params, x, plan.places, list(plan.sizes_of), mix)
-    if plan.terms:
-        side.differentiate(plan.terms, plan.at_once)
-    found: dict[str, Tensor] = {}
-    covered: dict[str, set[str]] = {}
-    for term in plan.terms:
-        with torch.no_grad():
-            kernel = contracted_term(
-                term, [side], outputs, problem.scale, plan.workspace
-            )
-        found[term.name] = found.get(term.name, 0) + symmetric(kernel)
-        covered.setdefault(term.name, set()).update(term.names)
-    for name in names:
-        if not any(name in group for group in covered.values()):  # unused, it seems
-            found[name], covered[name] = torch.zeros_like(parts[name]), {name}
-    eps = torch.finfo(function.dtype).eps
-    result = []
-    for name, kernel in found.items():
-        expected = torch.stack([parts[n] for n in sorted(covered[name])]).sum(0)
-        scale = torch.stack([norms[n] for n in sorted(covered[name])]).sum(0)
+    return mix.to(problem.function.device, problem.function.dtype)
+
+
+@dataclass
+class _Found:
+    """What a plan gives for combinations of the outputs of two examples."""
+
+    plan: Plan
+    problem: Problem
+    kernels: dict[str, Tensor] = field(default_factory=dict)
+    covered: dict[str, set[str]] = field(default_factory=dict)
+    """Parameter that a kernel is named after -> all those whose kernel it is."""
+
+    @torch.no_grad()
+    def add(self, term: Term, side: Side) -> None:
+        """Contract a term of the plan."""
+        outputs, scale = self.problem.outputs, self.problem.scale
+        kernel = contracted_term(term, [side], outputs, scale, self.plan.workspace)
+        before = self.kernels.get(term.name, 0)
+        self.kernels[term.name] = before + symmetric(kernel)
+        self.covered.setdefault(term.name, set()).update(term.names)
+
+    def against_autograd(
+        self, params: Params, x: Inputs, mix: Tensor
+    ) -> list[tuple[set[str], float, bool]]:
+        """For each kernel: its parameters, error, whether round-off explains it."""
+        names, outputs = self.plan.names, self.problem.outputs
+        if not names:
+            return []
+        parts = _by_autograd(self.problem, params, x, names, mix)
+        norms = {name: _norms(kernel, outputs) for name, kernel in parts.items()}
+        whole = torch.stack(list(norms.values())).sum(0)
+        known = set().union(*self.covered.values())
+        unused = {name: {name} for name in names if name not in known}  # it seems
+        eps = torch.finfo(self.problem.function.dtype).eps
         # A gradient that vanishes but for round-off is only known to that round-off.
         floor = 1e3 * eps**1.5 * whole
-        error = _error(kernel - expected, scale + floor)
-        explained = error <= 10 * eps**0.5 or not expected.isfinite().all()
-        result.append((covered[name], error, bool(explained)))
-    return result
+        result = []
+        for name, own in (self.covered | unused).items():
+            expected = torch.stack([parts[n] for n in sorted(own)]).sum(0)
+            scale = torch.stack([norms[n] for n in sorted(own)]).sum(0)
+            kernel = self.kernels.get(name, torch.zeros_like(expected))
+            error = _error(kernel - expected, scale + floor)
+            explained = error <= 10 * eps**0.5 or not expected.isfinite().all()
+            result.append((own, error, bool(explained)))
+        return result
 
 
 def _by_autograd(

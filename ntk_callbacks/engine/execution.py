@@ -30,12 +30,17 @@ Scale: TypeAlias = Callable[[str], Tensor | None]
 """Parameter -> its Λ, 0-dimensional or of its shape; None for 1."""
 
 
-def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
+def run(
+    plan: Plan,
+    problem: Problem,
+    seen: Callable[[Term, list[Side]], None] | None = None,
+) -> dict[str, Kernel]:
     """The parts of a kernel by a plan.
 
     Args:
         plan: Made for this model; the examples may be others.
         problem: What to compute.
+        seen: Told of each term with what it was contracted from, for each block.
 
     Returns:
         One kernel for each part, exactly symmetric if `x2` is None.
@@ -64,6 +69,8 @@ def run(plan: Plan, problem: Problem) -> dict[str, Kernel]:
                 if part not in parts:
                     parts[part] = _zeros(problem, plan.sizes.o)
                 _add(term, sides, plan, block, parts[part][rows, columns])
+                if seen is not None:
+                    seen(term, sides)
                 for side in sides:
                     side.forget(term)
     for part in problem.groups.values():  # of parameters that nothing uses

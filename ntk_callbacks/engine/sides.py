@@ -1,6 +1,7 @@
 """One side of a kernel: a forward pass, and backward passes to its taps."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import TypeAlias
 
 import torch
@@ -118,6 +119,16 @@ class Side:
             return use.rows
         # Positions before channels: products with a are fastest so.
         return lambda gradient: use.right(gradient).contiguous()
+
+    def mixed(self, term: Term, mix: Tensor) -> "Side":
+        """The same for combinations of the outputs, `(c, o)`, of one term."""
+        side = copy(self)
+        side.o, side._held = mix.shape[1], {}
+        for member in term.members:
+            place = _held(term, member)
+            held = torch.stack(self._held[place])
+            side._held[place] = list(torch.tensordot(mix.mT, held, 1))
+        return side
 
     def strands(self, term: Term) -> list[Strand]:
         """The uses of a weight with their gradients."""
