@@ -1,5 +1,6 @@
 """Singular values of Jacobians: dynamical isometry, as a whole, by depth, by time."""
 
+import warnings
 from functools import reduce
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -82,6 +83,7 @@ class JacobianInstrument:
         self.mode = mode
         self.memory_budget = memory_budget
         self._probe: Probe | None = None
+        self._told = False
 
     def start(self, probe: Probe) -> None:
         """Take the examples the Jacobians are taken at."""
@@ -166,6 +168,14 @@ class JacobianInstrument:
         )
         if isinstance(found, dict):
             return by_time(self.name, found)
+        if len(found.names) == 1 and not self._told:
+            self._told = True
+            warnings.warn(
+                f"JacobianMonitor: only one layer, {found.names[0]!r}, was called, so "
+                "that there are no Jacobians between layers. layers=… takes others: "
+                'types, names or a predicate; by="time" follows recurrent modules.',
+                stacklevel=2,
+            )
         return by_depth(self.name, found, self.per_layer)
 
     def state_dict(self) -> dict[str, Any]:

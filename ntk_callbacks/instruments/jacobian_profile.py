@@ -2,7 +2,6 @@
 
 from typing import TypeAlias
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,12 +25,11 @@ def by_depth(
         per_layer: One scalar for each layer too, in the side group `<name>_layers`.
 
     Returns:
-        Scalars of ∂h_{l+1}/∂h_l over all layers; vectors by depth of this, of ∂h_l/∂x
-        and of ∂f/∂h_l.
+        Scalars of ∂h_{l+1}/∂h_l over all layers, if there are several; vectors by depth
+        of this, of ∂h_l/∂x and of ∂f/∂h_l.
     """
-    scalars: Scalars = {
-        f"{name}/{what}": value for what, value in _overall(found.step).items()
-    }
+    overall = _overall(found.step) if len(found.names) > 1 else {}
+    scalars: Scalars = {f"{name}/{what}": value for what, value in overall.items()}
     reaches = {
         "step": (found.step, found.names[1:]),
         "from_input": (found.from_input, found.names),
@@ -83,10 +81,8 @@ def by_time(name: str, found: dict[str, TimeSpectra]) -> tuple[Scalars, Vectors]
 
 
 def _overall(step: SegmentSpectra) -> dict[str, Tensor | float]:
-    """Over all steps and examples; NaN where there is no step."""
+    """Over all steps and examples."""
     whats = ("mean_square", "singular_value_max", "singular_value_min", "isometry_gap")
-    if not len(step.formed):
-        return dict.fromkeys((f"step_{what}" for what in whats), torch.nan)
     values = (
         # Geometric: the factors of successive steps multiply.
         step.mean_square.mean(1).log().mean().exp(),

@@ -69,14 +69,18 @@ class LossOfProbe:
             outputs: Of its inputs, in the shape of the model.
 
         Returns:
-            None instead of the function where no loss is known, which is told once if
-            there are targets; the targets, in the dtype of the outputs if they are
-            real, empty if there are none.
+            None instead of the function where no loss is known, which is told once;
+            the targets, in the dtype of the outputs if they are real, empty if there
+            are none.
 
         Raises:
             ProbeError: If a label is not among the outputs.
         """
         if probe.targets is None:
+            self._tell(
+                "the probe has no targets, so that only outputs are compared. For the "
+                "loss pass Probe(inputs, targets)."
+            )
             return None, outputs.new_empty(0)
         y = probe.targets.to(outputs.device)
         y = y.to(outputs.dtype) if y.is_floating_point() else y
@@ -84,15 +88,16 @@ class LossOfProbe:
             return self.loss_fn, y
         if are_labels(y, outputs):
             return mean_cross_entropy, y
+        self._tell(
+            f"{not_labels(probe.targets, outputs)}, so that the loss is not known and "
+            f"only outputs are compared. Pass loss_fn={_suggestion(y, outputs)}."
+        )
+        return None, y
+
+    def _tell(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{self._who}: {not_labels(probe.targets, outputs)}, so that the loss "
-                "is not known and only outputs are compared. Pass "
-                f"loss_fn={_suggestion(y, outputs)}.",
-                stacklevel=3,
-            )
-        return None, y
+            warnings.warn(f"{self._who}: {what}", stacklevel=4)
 
 
 def mean_cross_entropy(logits: Float[Tensor, "n c"], labels: Tensor) -> Tensor:

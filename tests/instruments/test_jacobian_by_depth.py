@@ -49,6 +49,15 @@ def test_by_depth_of_diagonal_layers():
             assert vector.tolist() == pytest.approx(values.tolist(), **CLOSE)
 
 
+def test_one_layer_has_no_steps_which_is_told():
+    net = stretched(S[:1].tolist())
+    with pytest.warns(UserWarning, match=r"only one layer, '0'.*by=.time"):
+        found = measured(net, by="depth")
+    assert found.scalars == measured(net).scalars
+    vector = found.vectors["jacobian/from_input_singular_value_max_by_depth"]
+    assert vector.tolist() == pytest.approx([2.0], **CLOSE)
+
+
 def test_numbers_of_every_layer_on_request():
     found = measured(
         stretched(S.tolist()), by="depth", per_layer=True, layers="[12]", name="j/x"

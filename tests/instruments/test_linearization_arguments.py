@@ -111,6 +111,15 @@ def test_what_a_twin_needs():
         twin.accumulate(net, x, None)
 
 
+def test_a_probe_without_targets_is_told_of_once():
+    net, instrument = network(), LinearizationInstrument()
+    instrument.start(Probe(inputs(5, 9)))
+    with pytest.warns(UserWarning, match=r"LinearizationMonitor: .*no targets") as told:
+        found = [measured(instrument, net, step) for step in range(2)]
+    assert len(told) == 1
+    assert not any("loss" in name for scalars in found for name in scalars)
+
+
 def test_targets_that_are_no_labels_are_told_of_once():
     net = network()
     instrument = LinearizationInstrument()

@@ -74,7 +74,8 @@ def test_outputs_alone_without_targets():
     instrument.start(probe(None))
     instrument.predict(net, optimizer, 1)
     optimizer.step()
-    found = instrument.measure(net, 1).scalars
+    with pytest.warns(UserWarning, match=r"no targets.*Probe\(inputs, targets\)"):
+        found = instrument.measure(net, 1).scalars
     names = {"output_cosine", "output_error", "step_error"}
     assert {*found} == {f"prediction/{name}" for name in names}
     assert found["prediction/output_cosine"] > 0.999
