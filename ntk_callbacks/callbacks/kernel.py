@@ -47,7 +47,8 @@ class NTKMonitor(Monitor):
     - `residual_modes`: `ntk_modes/residual/<k>`, the gradient r of the loss by the
       outputs along each of the 8 top modes of the kernel before,
       `ntk_modes/decay_measured/<k>`, how much of it is left since then, and
-      `ntk_modes/decay_predicted/<k>`, ∏(1 − ηsλ) over the updates (for SGD);
+      `ntk_modes/decay_predicted/<k>`, what SGD should have left: ∏(1 − ηsλ) over the
+      updates, with momentum what its velocity at the measurement before leads to;
     - `sharpness`, the largest eigenvalue of the Gauss-Newton matrix of the loss on the
       probe, preconditioned as the optimizer does it, `sharpness_limit`, where the
       optimizer becomes unstable (2/η, with momentum or Adam's form), and their ratio.
@@ -151,7 +152,7 @@ class NTKMonitor(Monitor):
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: Optimizer
     ) -> None:
-        """Note the learning rate, if a decay is to be predicted from it.
+        """Note what SGD goes by, if a decay is to be predicted from it.
 
         Of a step that moves nothing too: a gradient scaler skips it, or `training_step`
         returned no loss. Of one that is clipped, how far it goes.

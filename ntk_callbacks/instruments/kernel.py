@@ -25,6 +25,7 @@ from ntk_callbacks.instruments.instrument import (
     numbers,
     one_of,
 )
+from ntk_callbacks.instruments.kernel_descent import descent_of
 from ntk_callbacks.instruments.kernel_details import chosen_metrics, part_traces
 from ntk_callbacks.instruments.kernel_loss import LossOfKernel
 from ntk_callbacks.instruments.kernel_modes import ResidualModes
@@ -36,7 +37,7 @@ from ntk_callbacks.instruments.kernel_sketch import (
     sketched,
 )
 from ntk_callbacks.instruments.kernel_source import KernelSource
-from ntk_callbacks.instruments.kernel_stability import descent_rate, unwrapped
+from ntk_callbacks.instruments.kernel_stability import unwrapped
 from ntk_callbacks.instruments.kernel_view import KernelMetric, KernelView
 from ntk_callbacks.probe import Probe
 from ntk_callbacks.record import Measurement
@@ -143,17 +144,16 @@ class KernelInstrument:
         return self._with_matrix(model, self._probe, step)
 
     def count_step(self, *, share: float = 1.0) -> None:
-        """Note the learning rate of the update that `optimizers` are about to make.
+        """Note the settings of the update that `optimizers` are about to make.
 
         For `residual_modes`, whose predicted decay is then right for rates that change.
-        Without it every update since the last measurement counts with the rate now.
+        Without it all updates since the last measurement count with the settings now.
 
         Args:
             share: What part of the gradient the update goes by: 0 if it is skipped,
                 less than 1 if it is clipped, NaN if that is not known.
         """
-        rate = descent_rate(unwrapped(self.optimizers)) if share else 0.0
-        self._modes.step(None if rate is None else rate * share)
+        self._modes.step(descent_of(unwrapped(self.optimizers)), share)
 
     def _with_matrix(self, model: nn.Module, probe: Probe, step: int) -> Measurement:
         request = self._request(self._outputs)

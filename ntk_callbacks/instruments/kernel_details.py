@@ -8,10 +8,18 @@ from torch import Tensor
 
 from ntk_callbacks import metrics
 from ntk_callbacks._types import Kernel
-from ntk_callbacks.errors import UnsupportedModelError
+from ntk_callbacks.errors import MemoryBudgetError, UnsupportedModelError
 from ntk_callbacks.functional import select_parameters
 from ntk_callbacks.instruments.instrument import tag_name
-from ntk_callbacks.instruments.kernel_stability import descent_rate, trains_just
+from ntk_callbacks.instruments.kernel_descent import (
+    Descent,
+    descent_of,
+    momentum_buffers,
+)
+from ntk_callbacks.instruments.kernel_loss import LossTerms
+from ntk_callbacks.instruments.kernel_modes import ResidualModes
+from ntk_callbacks.instruments.kernel_source import KernelSource
+from ntk_callbacks.instruments.kernel_stability import trains_just
 from ntk_callbacks.instruments.kernel_view import (
     METRICS,
     Found,
@@ -160,14 +168,36 @@ def _change(view: KernelView, part: str) -> Tensor:
 def _residual_modes(view: KernelView) -> dict[str, Found]:
     if view.source is None or view.loss is None or view.modes is None:
         return {}
-    source, rate = view.source, descent_rate(view.source.optimizers)
+    source, rule = view.source, descent_of(view.source.optimizers)
     given = source.model, source.request.parameters
     # Θ must be the kernel of what moves: not of a part of it, nor of more.
     of = (
         [*select_parameters(*given)] if trains_just(source.optimizers, *given) else None
     )
-    found = view.modes.measured(view.loss, view.ntk, view.steps, rate, of)
+    if rule is None or of is None:
+        moving: Tensor | None = torch.full_like(view.loss.residual, torch.nan).ravel()
+    else:
+        moving = _moving(source, view.loss, view.modes, of, rule)
+    found = view.modes.measured(view.loss, view.ntk, view.steps, rule, of, moving)
     return {f"modes/{end}": value for end, value in found.items()}
+
+
+def _moving(
+    source: KernelSource,
+    terms: LossTerms,
+    modes: ResidualModes,
+    names: list[str],
+    rule: Descent,
+) -> Tensor | None:
+    """HJv of the momentum v of the optimizer, NaN if unknown; None if there is none."""
+    v = momentum_buffers(source.optimizers[0], source.model, names, rule)
+    if v is None:
+        return None
+    try:
+        return terms.curved(source.push(v))
+    except (UnsupportedModelError, MemoryBudgetError) as error:
+        modes.tell_unknown(error)
+        return torch.full_like(terms.residual, torch.nan).ravel()
 
 
 DETAILS: dict[str, KernelMetric] = {

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ntk_callbacks._types import Kernel
-from ntk_callbacks.dynamics.gauss_newton import loss_weighted_kernel
+from ntk_callbacks.dynamics.gauss_newton import curvature_factor, loss_weighted_kernel
 from ntk_callbacks.dynamics.losses import LossName
 from ntk_callbacks.errors import ProbeError
 from ntk_callbacks.layout import widened
@@ -45,6 +45,12 @@ class LossTerms:
         kernel = widened(self.restricted(ntk))
         outputs = self.outputs.to(kernel.device)
         return loss_weighted_kernel(kernel, outputs, loss=self.kind)
+
+    def curved(self, change: Float[Tensor, "N c"]) -> Float[Tensor, " m"]:
+        """H times a change of all outputs: how it moves the residual, without s."""
+        wide = widened(change[self.labeled.to(change.device)])
+        factor = curvature_factor(self.outputs.to(wide), loss=self.kind)
+        return (factor @ (factor.mT @ wide[..., None])).reshape(-1)
 
 
 class LossOfKernel:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from ntk_callbacks._types import Inputs, Kernel, Mode, Outputs
+from ntk_callbacks._types import Inputs, Kernel, Mode, Outputs, Params
 from ntk_callbacks.engine.arguments import Request
+from ntk_callbacks.engine.products import TangentOperator
 from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.guard import measuring
 from ntk_callbacks.instruments.kernel_loss import LossOfKernel
@@ -72,6 +73,30 @@ class KernelSource:
         )
         parts, _ = self.kernels.measure(self.model, self.inputs, request, self.step)
         return parts[""]
+
+    def push(self, v: Params) -> Float[Tensor, "n c"]:
+        """J·v in float64: how the outputs change along a direction of the parameters.
+
+        Args:
+            v: By name, a tensor for each parameter of the request.
+
+        Returns:
+            The change of all outputs.
+
+        Raises:
+            UnsupportedModelError: If no way of computing J·v is right on this model.
+            MemoryBudgetError: If one example, or a joint batch, does not fit.
+        """
+        request = self.request
+        operator = TangentOperator(
+            self.model,
+            self.inputs,
+            parameters=request.parameters,
+            output_fn=request.output_fn,
+            mode=request.mode,
+            memory_budget=request.memory_budget,
+        )
+        return widened(operator.jvp(v)).view(operator.n, operator.c)
 
     def has_batch_statistics(self) -> bool:
         """Whether a layer normalizes otherwise when it trains than when it does not."""

@@ -90,26 +90,6 @@ def stability_limit(
     return StabilityLimit(limit, scaling)
 
 
-def descent_rate(optimizers: Sequence[Optimizer]) -> float | None:
-    """The learning rate of gradient descent with constant gradients.
-
-    η (1 − dampening)/(1 − β) for SGD with momentum β, which adds up past gradients.
-
-    Args:
-        optimizers: All that train.
-
-    Returns:
-        None unless there is one optimizer, of type SGD, with equal rates in all groups.
-    """
-    if len(optimizers) != 1 or type(optimizers[0]) is not SGD:
-        return None
-    (optimizer,) = optimizers
-    if any(_unknown(optimizer, group) for group in optimizer.param_groups):
-        return None
-    rates = {_unit(optimizer, group) for group in optimizer.param_groups}
-    return rates.pop() if len(rates) == 1 else None
-
-
 def trains_just(
     optimizers: Sequence[Optimizer], model: nn.Module, parameters: ParameterFilter
 ) -> bool:

@@ -37,8 +37,14 @@ class Regression(Plain):
         self.log("loss", loss)
         return loss
 
+    optimizer = staticmethod(lambda parameters: SGD(parameters, lr=0.3))
+
     def configure_optimizers(self):
-        return SGD(self.parameters(), lr=0.3)
+        return self.optimizer(self.parameters())
+
+
+def swinging(parameters):
+    return SGD(parameters, lr=0.15, momentum=0.8, nesterov=True)
 
 
 class Dropping(Regression):
@@ -86,15 +92,18 @@ def decays(used, which, step):
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")  # Lightning, once a process
 @pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize(
     ("model", "settings"),
     [(Dropping, dict), (Dropping, scaled), (Overflowing, scaled)],
     ids=["no loss", "no loss for a scaler", "skipped by a scaler"],
 )
-def test_decays_leave_out_updates_that_move_nothing(every, model, settings):
-    used = ntk(every)
+def test_decays_leave_out_updates_that_move_nothing(every, momentum, model, settings):
+    used, trained = ntk(every), model()
+    if momentum:
+        trained.optimizer = swinging
     seeded()
-    fit(model(), [used], train=batches(3), max_epochs=1, **settings())
+    fit(trained, [used], train=batches(3), max_epochs=1, **settings())
     for step in range(every, 4, every):
         measured = decays(used, "measured", step)
         assert decays(used, "predicted", step) == pytest.approx(measured, rel=2e-4)
@@ -103,7 +112,8 @@ def test_decays_leave_out_updates_that_move_nothing(every, model, settings):
 
 @pytest.mark.parametrize(("limit", "clipped"), [(0.3, True), (1e3, False)])
 @pytest.mark.parametrize("rule", ["norm", "value", "own"])
-def test_decays_of_clipped_steps_are_right_or_unknown(limit, clipped, rule):
+@pytest.mark.parametrize("momentum", [False, True])
+def test_decays_of_clipped_steps_are_right_or_unknown(limit, clipped, rule, momentum):
     class Own(Regression):
         def configure_gradient_clipping(self, optimizer, **_):
             nn.utils.clip_grad_norm_(self.parameters(), limit)
@@ -111,6 +121,8 @@ def test_decays_of_clipped_steps_are_right_or_unknown(limit, clipped, rule):
     used, model = ntk(2), Own() if rule == "own" else Regression()
     settings = {"gradient_clip_val": limit, "gradient_clip_algorithm": rule}
     settings = {} if rule == "own" else settings
+    if momentum:
+        model.optimizer = swinging
     fit(model, [used], train=batches(4), max_epochs=1, **settings)
     for step in (2, 4):
         measured, predicted = (decays(used, w, step) for w in ("measured", "predicted"))
