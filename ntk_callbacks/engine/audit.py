@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from ntk_callbacks.layout import symmetric
 
 _COMBINATIONS = 2  # of the outputs, drawn at random
 _PORTION = 2**22  # numbers of a row of J that are held at a time
+_SMALL = 2**16  # numbers of a row that may be copied
 
 
 def failures(
@@ -203,15 +203,18 @@ def _portions(names: list[str], params: Params) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def _products(rows: list[list[Tensor]], problem: Problem, name: str) -> Tensor:
-    """The kernel of a parameter from its rows, without another copy of them."""
+    """The kernel of a parameter from its rows, for each combination and example."""
     scale = problem.scale(name)
     o, n = len(rows), len(rows[0])
-    kernel = rows[0][0].new_zeros(n, n, o, o)
-    for i, j, k, m in product(range(n), range(n), range(o), range(o)):
-        left, right = rows[k][i], rows[m][j]
-        if scale is not None:
-            left = left * (scale if scale.ndim == 0 else scale.flatten())
-        kernel[i, j, k, m] = left @ right
+    right = [row for own in rows for row in own]
+    left = right
+    if scale is not None:
+        left = [row * (scale if scale.ndim == 0 else scale.flatten()) for row in right]
+    if right[0].numel() <= _SMALL:
+        gram = torch.stack(left) @ torch.stack(right).mT
+    else:  # without another copy of them
+        gram = torch.stack([torch.stack([a @ b for b in right]) for a in left])
+    kernel = gram.view(o, n, o, n).permute(1, 3, 0, 2)
     if problem.outputs == "full":
         return kernel
     diagonal = kernel.diagonal(dim1=2, dim2=3)

@@ -4,14 +4,11 @@ import logging
 import math
 from dataclasses import replace
 
-import torch
-
 from ntk_callbacks.engine.audit import failures
 from ntk_callbacks.engine.coupling import beside, forward, is_coupled
 from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.engine.plan import Plan, scaled_names
 from ntk_callbacks.engine.problem import Problem
-from ntk_callbacks.engine.recording import gradients_at
 from ntk_callbacks.engine.survey import Survey, surveyed
 from ntk_callbacks.engine.terms import Sizes, Term, overlapping, planned, with_biases
 from ntk_callbacks.engine.views import extent
@@ -144,16 +141,7 @@ def _at_once(survey: Survey) -> float:
     """Examples up to which one backward pass for all outputs is faster than each."""
     # It is where the products are small: for vectors, and for few or small images.
     wide = any(use.shape[1] > 1 for use in _outers(survey))
-    limit = _SMALL_PASS / max(1.0, _propagation(survey)) if wide else math.inf
-    if limit < 2:
-        return 0.0
-    outputs, taps = survey.recording.outputs, survey.recording.taps
-    unit = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-    try:
-        gradients_at(taps, outputs.sum(0), unit)
-    except RuntimeError:  # an operator that cannot be batched
-        return 0.0
-    return limit
+    return _SMALL_PASS / max(1.0, _propagation(survey)) if wide else math.inf
 
 
 def _propagation(survey: Survey) -> float:

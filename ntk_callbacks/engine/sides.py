@@ -10,8 +10,10 @@ from torch import Tensor
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.contraction import Strand
 from ntk_callbacks.engine.factors import Call, Direct, Lookup, Outer, Use
+from ntk_callbacks.engine.memory import out_of_memory
 from ntk_callbacks.engine.recording import gradients_at, record
 from ntk_callbacks.engine.survey import Place, known_again, uses_of
+from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.engine.terms import Member, Term
 from ntk_callbacks.engine.views import extent, view_of
 from ntk_callbacks.functional import ModelFunction
@@ -94,11 +96,10 @@ class Side:
                 self._needed[place] = self._needed.get(place, 0) + 1
         taps = [self.recording.taps[tap] for tap in forms]
         sums = self.outputs.sum(0)  # the examples do not meet
-        if self.n <= at_once:
-            unit = torch.eye(self.o, dtype=sums.dtype, device=sums.device)
-            gradients = gradients_at(taps, sums, unit)
+        stacked = _at_once(taps, sums) if self.n <= at_once else None
+        if stacked is not None:
             for own in reversed(forms.values()):
-                gradient = gradients.pop()  # freed before the next one is copied
+                gradient = stacked.pop()  # freed before the next one is copied
                 for place, form in own.items():
                     self._held[place] = _of_each(form, gradient)
             return
@@ -184,6 +185,17 @@ class Side:
             self._needed[place] -= 1
             if not self._needed[place]:
                 del self._needed[place], self._held[place]
+
+
+def _at_once(taps: list[Tap], numbers: Tensor) -> list[Tensor] | None:
+    """Gradients of all numbers, `(o, …)`; None for an operator without such a pass."""
+    unit = torch.eye(len(numbers), dtype=numbers.dtype, device=numbers.device)
+    try:
+        return gradients_at(taps, numbers, unit)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return None
 
 
 def _of_each(form: Callable[[Tensor], Tensor], stacked: Tensor) -> list[Tensor]:
