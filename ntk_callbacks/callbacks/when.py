@@ -10,6 +10,8 @@ from torch import Tensor
 from ntk_callbacks.callbacks.namespaces import rank_zero_info
 from ntk_callbacks.callbacks.schedule import Event, Schedule
 
+_LONG = 10.0  # seconds of a measurement that are worth a word
+
 
 class When:
     """Says at each update whether to measure, once and for all.
@@ -47,6 +49,12 @@ class When:
         self._last = self._prepared + seconds
         self._spent += self._last
         self._prepared = 0.0
+        if self._last > _LONG and self.schedule.max_overhead is None:
+            self._say(
+                "Fewer examples or outputs make it cheaper; max_overhead=0.05 in "
+                "every=… leaves some out, so that all together take at most 5 % of the "
+                "time of training."
+            )
 
     def note_loss(self, step: int, loss: Tensor) -> None:
         """A loss is about to be differentiated.
@@ -127,14 +135,19 @@ class When:
             return True
         training = time.perf_counter() - self._start - self._spent
         affordable = self._spent + self._last <= limit * training
-        if not (affordable or self._said):
-            self._said = True
-            rank_zero_info(
-                f"{self.who}: a measurement takes {self._last:.2g} s; some that are "
-                f"due are left out, so that all together take at most {limit:.3g} of "
-                "the time of training."
+        if not affordable:
+            self._say(
+                "Some that are due are left out, so that all together take at most "
+                f"{limit:.3g} of the time of training."
             )
         return affordable
+
+    def _say(self, what: str) -> None:
+        if not self._said:
+            self._said = True
+            rank_zero_info(
+                f"{self.who}: a measurement takes {self._last:.2g} s. {what}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the events remember, and the last update at which one happened."""

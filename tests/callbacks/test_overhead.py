@@ -7,6 +7,7 @@ from monitored import Plain, fit
 
 from ntk_callbacks import ParameterDriftMonitor, capped
 from ntk_callbacks.callbacks import when
+from ntk_callbacks.callbacks.as_schedule import as_schedule
 from ntk_callbacks.callbacks.when import When
 
 
@@ -91,6 +92,17 @@ def test_overhead_of_a_run(monkeypatch, caplog):
     assert steps == [0, 16, 24, 32, 40]
     said = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert said == [
-        "Measured: a measurement takes 2 s; some that are due are left out, so that "
+        "Measured: a measurement takes 2 s. Some that are due are left out, so that "
         "all together take at most 0.25 of the time of training."
     ]
+
+
+def test_a_long_measurement_says_once_what_makes_it_cheaper(caplog):
+    watch = When(as_schedule("epoch"), "test")
+    with caplog.at_level(logging.INFO):
+        for seconds in (0.5, 9.0, 21.0, 33.0):
+            watch.prepared(0.5)
+            watch.spent(seconds)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("test: a measurement takes 22 s. Fewer examples or outputs")
+    assert "max_overhead=0.05" in said
