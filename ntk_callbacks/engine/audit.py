@@ -42,14 +42,8 @@ def failures(
     """
     if not plan.names:
         return {}
-    mix = _combinations(plan, problem, seed)
-    found = _Found(plan, problem)
-    names = list(plan.sizes_of)
-    side = Side(problem.function, params, x, plan.places, names, mix)
-    if plan.terms:
-        side.differentiate(plan.terms, plan.at_once)
-    for term in plan.terms:
-        found.add(term, side)
+    mix, found = _combinations(plan, problem, seed), _Found(plan, problem)
+    found.add_all(params, x, mix)
     wrong: dict[str, str] = {}
     for own, error, explained in found.against_autograd(params, x, mix):
         if not explained:
@@ -91,7 +85,12 @@ def audit_error(
 
     try:
         # One block: two examples fit whatever the budget, or a term is exact.
-        block = torch.stack(list(run(replace(plan, block=2), some, seen).values()))
+        whole_passes = seen if plan.native else None  # else they may not be linear
+        block = torch.stack(
+            list(run(replace(plan, block=2), some, whole_passes).values())
+        )
+        if not plan.native:
+            found.add_all(params, some.x1, mix)
         errors = [
             math.inf if math.isnan(error) and not explained else error
             for _, error, explained in found.against_autograd(params, some.x1, mix)
@@ -125,6 +124,16 @@ class _Found:
     kernels: dict[str, Tensor] = field(default_factory=dict)
     covered: dict[str, set[str]] = field(default_factory=dict)
     """Parameter that a kernel is named after -> all those whose kernel it is."""
+
+    def add_all(self, params: Params, x: Inputs, mix: Tensor) -> None:
+        """Contract all terms, from passes of the combinations alone."""
+        if not self.plan.terms:
+            return
+        plan, function = self.plan, self.problem.function
+        side = Side(function, params, x, plan.places, list(plan.sizes_of), mix)
+        side.differentiate(plan.terms, plan.at_once)
+        for term in plan.terms:
+            self.add(term, side)
 
     @torch.no_grad()
     def add(self, term: Term, side: Side) -> None:

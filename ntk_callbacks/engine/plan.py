@@ -1,11 +1,18 @@
 """Which way each parameter is contracted, in what order, and what that costs."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ntk_callbacks.engine.problem import Problem
 from ntk_callbacks.engine.survey import Place
 from ntk_callbacks.engine.terms import Sizes, Term
+
+_SMALL_PASS = 2.0**25
+"""Multiply-adds of a pass that takes longer than the calls it is made of."""
+
+_AT_ONCE = 2.0**22
+"""Numbers of a gradient by one tensor of all outputs, up to which they are formed."""
 
 _LARGEST_WORKSPACE = 2**22
 """Numbers: larger blocks are hardly faster, they only take memory."""
@@ -27,8 +34,8 @@ class Plan:
         exact: Parameter -> why it takes an exact route.
         joint: Whether they were known to depend on one another.
         coupled: Whether the examples depend on one another.
-        at_once: Number of examples up to which the backward passes of all outputs are
-            made as one.
+        native: Whether torch alone takes part in backward passes.
+        widest: Numbers of an example in the largest tensor of a pass; 0 for vectors.
         propagation: Multiply-adds of one forward pass, as far as the taps tell.
         sweeps: Terms that are contracted after the same backward passes.
         block: Examples that are treated at a time.
@@ -55,7 +62,8 @@ class Plan:
     exact: dict[str, str]
     joint: bool
     coupled: bool
-    at_once: float
+    native: bool
+    widest: float
     propagation: float
     sweeps: tuple[tuple[Term, ...], ...]
     block: int
@@ -75,6 +83,16 @@ class Plan:
     def workspace(self) -> int:
         """Numbers that a contraction may allocate at a time."""
         return max(1, min(self.budget // 16 // self.itemsize, _LARGEST_WORKSPACE))
+
+    @property
+    def at_once(self) -> float:
+        """Examples up to which the backward passes of all outputs are made as one."""
+        if not self.native:  # what users do to gradients may not bear it
+            return 0.0
+        if not self.widest:
+            return math.inf
+        room = min(self.workspace, _AT_ONCE) / (self.sizes.o * self.widest)
+        return min(room, _SMALL_PASS / max(1.0, self.propagation))
 
     @property
     def coverage(self) -> float:

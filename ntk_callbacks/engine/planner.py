@@ -17,9 +17,6 @@ from ntk_callbacks.nested import examples
 
 _log = logging.getLogger(__name__)
 
-_SMALL_PASS = 2**25
-"""Multiply-adds of a pass that takes longer than the calls it is made of."""
-
 
 def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
     """The cheapest plan that stands the audit.
@@ -55,7 +52,8 @@ def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
         exact={},
         joint=problem.joint,
         coupled=any(coupled),
-        at_once=0.0,
+        native=True,
+        widest=0.0,
         propagation=0.0,
         sweeps=(),
         block=max(n1, n2),
@@ -72,7 +70,8 @@ def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
             places=tuple(found.places),
             terms=tuple(terms_of(found, problem, plan.sizes)),
             exact=found.exact,
-            at_once=_at_once(found),
+            native=found.recording.native,
+            widest=_widest(found),
             propagation=_propagation(found),
         )
         failed: dict[str, str] = {}
@@ -137,11 +136,10 @@ def _outers(survey: Survey) -> list[Outer]:
     return [use for uses in survey.uses for use in uses if isinstance(use, Outer)]
 
 
-def _at_once(survey: Survey) -> float:
-    """Examples up to which one backward pass for all outputs is faster than each."""
-    # It is where the products are small: for vectors, and for few or small images.
+def _widest(survey: Survey) -> float:
+    """Numbers of an example in the largest tensor; 0 where all weights meet vectors."""
     wide = any(use.shape[1] > 1 for use in _outers(survey))
-    return _SMALL_PASS / max(1.0, _propagation(survey)) if wide else math.inf
+    return survey.recording.largest / len(survey.recording.outputs) if wide else 0.0
 
 
 def _propagation(survey: Survey) -> float:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ntk_callbacks._types import Inputs, Params
-from ntk_callbacks.engine.backward import refuse_bypassed
+from ntk_callbacks.engine.backward import graph_nodes, refuse_bypassed
 from ntk_callbacks.engine.recurrence import UNROLLED
 from ntk_callbacks.engine.rules import RULES
 from ntk_callbacks.engine.taps import Recorder, Tap
@@ -16,11 +17,22 @@ from ntk_callbacks.nested import map_tensors
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward pass: the leaves, the outputs `(n, c)`, the taps in their order."""
+    """One forward pass.
+
+    Args:
+        parameters: The leaves.
+        outputs: `(n, c)`.
+        taps: In their order.
+        native: Whether torch alone takes part in backward passes: no function or hook
+            of a user, which may do anything with gradients.
+        largest: Numbers of the largest tensor.
+    """
 
     parameters: Params
     outputs: Tensor
     taps: list[Tap]
+    native: bool
+    largest: int
 
 
 def record(
@@ -48,7 +60,10 @@ def record(
     with recorder:
         outputs = function(params | leaves, inputs)
     refuse_bypassed(function, outputs)
-    return Recording(leaves, outputs, recorder.taps)
+    native = not recorder.hooked and not any(
+        isinstance(node, BackwardCFunction) for node in graph_nodes(outputs)
+    )
+    return Recording(leaves, outputs, recorder.taps, native, recorder.largest)
 
 
 def gradients_at(

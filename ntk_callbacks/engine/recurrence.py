@@ -47,7 +47,7 @@ def _of_data(x: Tensor, state: State) -> State:
 
 def _cell(
     step: Step,
-    x: Tensor,
+    input: Tensor,
     hx: Tensor | Sequence[Tensor],
     w_ih: Tensor,
     w_hh: Tensor,
@@ -55,20 +55,31 @@ def _cell(
     b_hh: Tensor | None = None,
 ) -> Tensor | State:
     """`torch.gru_cell` and its like."""
-    state = _of_data(x, (hx,) if isinstance(hx, Tensor) else tuple(hx))
-    given, hidden = F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh)
+    state = _of_data(input, (hx,) if isinstance(hx, Tensor) else tuple(hx))
+    given, hidden = F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh)
     state = step(given, hidden, state)
     return state[0] if isinstance(hx, Tensor) else state
 
 
-def _layers(step: Step, *given: Any) -> State | None:
-    """`torch.gru` and its like; None for packed sequences and dropout."""
-    if not isinstance(given[3], bool):  # packed: all are one place further on
+_ARGUMENTS = (
+    *("input", "hx", "params", "has_biases", "num_layers"),
+    *("dropout", "train", "bidirectional", "batch_first"),
+)
+_LONGEST = 256  # steps; more take longer one by one than in a call for each row of J
+
+
+def _layers(step: Step, *args: Any, **kwargs: Any) -> State | None:
+    """`torch.gru` and its like; None for packed or long sequences, and for dropout."""
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    has_biases = given.get("has_biases")
+    if not isinstance(has_biases, bool):  # packed: all are one place further on
         return None
-    x, hx, weights, has_biases, num_layers, dropout, train, bidirectional = given[:8]
-    if train and dropout:
+    x, hx, weights = given["input"], given["hx"], given["params"]
+    num_layers, bidirectional = given["num_layers"], given["bidirectional"]
+    batch_first = given.get("batch_first", False)
+    long = x.shape[1 if batch_first else 0] > _LONGEST
+    if long or x.is_meta or (given["train"] and given["dropout"]):
         return None
-    batch_first = given[8:] == (True,)
     x = x.transpose(0, 1) if batch_first else x  # steps first
     starts = [part.unbind(0) for part in ([hx] if isinstance(hx, Tensor) else hx)]
     directions = 2 if bidirectional else 1

@@ -75,13 +75,18 @@ class KernelSeries:
             plan = plan or planned_for(problem, proved=False)  # the audit below does it
             parts, plan = measured(problem, plan)
             error = audit_error(plan, problem, parts, seed)
-            if error > 10 * torch.finfo(problem.function.dtype).eps ** 0.5:
+            limit = 10 * torch.finfo(problem.function.dtype).eps ** 0.5
+            if error > limit:
                 _log.warning(
                     "%s: the kernel of step %d was off by %.1e in an audit; it is "
                     "planned and measured anew",
                     *(plan.model, seed, error),
                 )
                 parts, plan = measured(problem, planned_for(problem))
+                error = audit_error(plan, problem, parts, seed)
+            if error > limit:  # for these examples, if not for those of the proof
+                again = f"its kernel was off by {error:.1e} in an audit, again"
+                parts, plan = measured(problem, plan.all_exact(again))
                 error = audit_error(plan, problem, parts, seed)
             key = _key(request, problem)
             self._plans = [(k, p) for k, p in self._plans if k != key] + [(key, plan)]

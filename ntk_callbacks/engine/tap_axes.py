@@ -64,26 +64,25 @@ def _axes(recording: Recording, n: int) -> tuple[Sequence[Tensor | None], Axes]:
         reached.append(torch.stack(some).sum(0) if some else None)
         told = located(some) if len(some) == len(own) else None
         axes.append((told or _NOWHERE) if some else None)
-    return reached, _as_others(taps, reached, axes)
+    return reached, _as_others(taps, axes)
 
 
-def _as_others(taps: list[Tap], reached: Sequence[Tensor | None], axes: Axes) -> Axes:
-    """The axes; for a tap whose gradient is zero, that of others of its kind."""
-    # The last output of a recurrent layer that reads backwards depends on one step, and
-    # its weight has a tap at each. That a tap is like others is a guess, and like every
-    # axis held against autograd whenever the kernel is measured.
+def _as_others(taps: list[Tap], axes: Axes) -> Axes:
+    """The axes; those of a recurrent layer are the same at all steps."""
+    # What reads the last output of a layer that goes backwards depends on one step, and
+    # gradients by the first of many steps may vanish: such taps tell nothing.
     kinds = [
-        (tap.function, tap.shape, frozenset(map(id, tap.sources.values())))
+        (tap.part_of, tap.function, tap.shape, frozenset(map(id, tap.sources.values())))
         for tap in taps
     ]
     known = {
         kind: axis
         for kind, axis in zip(kinds, axes, strict=True)
-        if isinstance(axis, BatchAxis)
+        if isinstance(axis, BatchAxis) and kind[0] is not None
     }
     return [
-        known.get(kind, axis) if gradient is not None and not gradient.any() else axis
-        for kind, gradient, axis in zip(kinds, reached, axes, strict=True)
+        known.get(kind, axis) if isinstance(axis, str) else axis
+        for kind, axis in zip(kinds, axes, strict=True)
     ]
 
 

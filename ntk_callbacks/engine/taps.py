@@ -39,6 +39,7 @@ class Tap:
         edge: Where the gradient by the output arrives.
         versions: Tensors that must not change before they are used, each with its
             version at the time of the call.
+        part_of: Number of the function that it was unrolled from; None if of none.
     """
 
     function: Callable[..., Any]
@@ -49,6 +50,7 @@ class Tap:
     shape: torch.Size
     edge: GradientEdge
     versions: list[tuple[Tensor, int]]
+    part_of: int | None = None
 
     @property
     def unchanged(self) -> bool:
@@ -77,6 +79,12 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._known = known
         self._unrolled = unrolled
+        self._part_of: int | None = None
+        self._count = 0
+        self.hooked = False
+        """Whether the model looks at gradients, and may change them."""
+        self.largest = 0
+        """Numbers of the largest tensor that is computed from the inputs."""
         self.taps: list[Tap] = []
         self._parametric = {id(leaf): leaf for leaf in parameters.values()}
         self._data: dict[int, weakref.ref[Tensor]] = {}
@@ -101,6 +109,7 @@ class Recorder(TorchFunctionMode):
             What the function returns.
         """
         kwargs = kwargs or {}
+        self.hooked = self.hooked or func is Tensor.register_hook
         tensors = [*leaves(args), *leaves(kwargs)]
         parametric = [tensor for tensor in tensors if self._is_parametric(tensor)]
         data = [tensor for tensor in tensors if self._is_data(tensor)]
@@ -113,8 +122,7 @@ class Recorder(TorchFunctionMode):
             return result
         if parametric and torch.is_grad_enabled():
             if func in self._unrolled:
-                with self:
-                    result = self._unrolled[func](*args, **kwargs)
+                result = self._step_by_step(func, args, kwargs)
                 if result is not None:
                     return result
             elif func not in self._known and _asks_modes(func):
@@ -127,6 +135,17 @@ class Recorder(TorchFunctionMode):
         if _is_in_place(func):
             self._taint(args[0])
         return result
+
+    def _step_by_step(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._count += 1
+        self._part_of = self._count
+        try:
+            with self:
+                return self._unrolled[func](*args, **kwargs)
+        finally:
+            self._part_of = None
 
     def _tapped(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,7 +190,7 @@ class Recorder(TorchFunctionMode):
             result = result.add_(zero) if _owns_memory(result) else result + zero
         edge = get_gradient_edge(result)
         own = kept_args, kept_kwargs, sources, frozenset(data)
-        self.taps.append(Tap(func, *own, result.shape, edge, versions))
+        self.taps.append(Tap(func, *own, result.shape, edge, versions, self._part_of))
         return result
 
     def _is_parametric(self, tensor: Tensor) -> bool:
@@ -184,6 +203,7 @@ class Recorder(TorchFunctionMode):
     def _taint(self, result: Any) -> None:
         for tensor in leaves(result):
             self._data[id(tensor)] = weakref.ref(tensor)
+            self.largest = max(self.largest, tensor.numel())
 
 
 def _owns_memory(tensor: Tensor) -> bool:

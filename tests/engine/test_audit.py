@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cases import BY_ID
 from networks import Computed, mlp, sequences, vectors
+from oracles import ntk_by_loop, relative_error
 from torch import nn
 from torch.nn import functional
 from wrong_rules import OUTPUTS, too_large
@@ -16,9 +18,11 @@ from wrong_rules import OUTPUTS, too_large
 from ntk_callbacks.engine import audit as auditing
 from ntk_callbacks.engine.arguments import Request
 from ntk_callbacks.engine.audit import audit_error
+from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.engine.kernel import measured
 from ntk_callbacks.engine.planner import planned_for
 from ntk_callbacks.engine.rules import RULES
+from ntk_callbacks.engine.series import KernelSeries
 from ntk_callbacks.guard import measuring
 
 # The audit of a measured kernel.
@@ -188,6 +192,41 @@ def test_a_rule_that_went_wrong_after_planning(monkeypatch):
     monkeypatch.setitem(RULES, functional.linear, rule)
     model, x = mlp().double(), vectors().double()
     assert audited(model, x, lambda _: late.append(True)) > 1e-3
+
+
+def test_a_rule_that_no_proof_sees_ends_on_an_exact_route(monkeypatch, caplog):
+    """It is wrong for the third example, where there are three: not in a proof."""
+    right = RULES[functional.linear]
+
+    def spoiled(use):
+        def rows(gradient):
+            found = use.right(gradient).clone()
+            found[2:] *= 1.5
+            return found
+
+        return replace(use, right=rows) if isinstance(use, Outer) else use
+
+    monkeypatch.setitem(
+        RULES,
+        functional.linear,
+        lambda *args, **kwargs: {
+            key: spoiled(use) for key, use in right(*args, **kwargs).items()
+        },
+    )
+    model, x = mlp().double(), vectors(3).double()
+    request = Request()
+    seen_by = next(
+        seed
+        for seed in range(20)
+        if 2 in torch.randperm(3, generator=torch.Generator().manual_seed(seed))[:2]
+    )
+    series = KernelSeries()
+    for seed in (seen_by, 0, 1, 2):
+        parts, error = series.measure(model, x, request, seed)
+        assert relative_error(parts[""], ntk_by_loop(model, x)) < 1e-10
+        assert error < 1e-10
+    (told,) = [r for r in caplog.records if "anew" in r.getMessage()]
+    assert "off by" in told.getMessage()
 
 
 def test_a_model_that_swaps_its_axes_after_planning():

@@ -171,3 +171,38 @@ def test_dropout_between_layers_that_is_on_is_left_to_torch():
     given = (x, state, weights, True, 2, 0.5)
     assert UNROLLED[torch.gru](*given, True, False, False) is None
     assert len(UNROLLED[torch.gru](*given, False, False, False)) == 2
+
+
+def test_arguments_may_be_named():
+    rnn = nn.GRU(3, 4, batch_first=True).double()
+    x, state = torch.randn(5, 6, 3).double(), torch.zeros(1, 5, 4).double()
+    weights = rnn._flat_weights
+    expected = torch.gru(x, state, weights, True, 1, 0.0, False, False, True)
+    given = (x, state, weights, True, 1, 0.0, False)
+    found = UNROLLED[torch.gru](*given, bidirectional=False, batch_first=True)
+    torch.testing.assert_close(found, expected)
+    cell = nn.GRUCell(3, 4).double()
+    own = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    found = UNROLLED[torch.gru_cell](
+        input=x[:, 0], hx=state[0], w_ih=own[0], w_hh=own[1], b_ih=own[2], b_hh=own[3]
+    )
+    torch.testing.assert_close(found, cell(x[:, 0], state[0]))
+
+
+def test_long_sequences_are_left_to_torch():
+    model = recurrent(nn.GRU).double()
+    x = torch.randn(2, 300, 6, dtype=torch.double)
+    assert plan_ntk(model, x[:, :256]).coverage == 1.0
+    assert plan_ntk(model, x).exact.keys() == {
+        f"cells.{name}" for name, _ in model.cells.named_parameters()
+    }
+
+
+def test_steps_whose_gradients_vanish_lie_as_the_others_do():
+    """In float32 the first of many steps no longer reach the last output."""
+    torch.manual_seed(0)
+    model = recurrent(nn.GRU)
+    for parameter in model.cells.parameters():
+        parameter.data *= 0.1
+    x = torch.randn(3, 200, 6)
+    assert plan_ntk(model, x).coverage == 1.0
