@@ -85,11 +85,11 @@ def audit_error(
 
     try:
         # One block: two examples fit whatever the budget, or a term is exact.
-        whole_passes = seen if plan.native else None  # else they may not be linear
+        whole_passes = seen if plan.batched else None  # else they may not be linear
         block = torch.stack(
             list(run(replace(plan, block=2), some, whole_passes).values())
         )
-        if not plan.native:
+        if not plan.batched:
             found.add_all(params, some.x1, mix)
         errors = [
             math.inf if math.isnan(error) and not explained else error

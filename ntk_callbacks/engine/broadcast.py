@@ -61,7 +61,11 @@ def summed(call: Call, values: Tensor, p: Tensor) -> Tensor:
 
 
 def broadcast(
-    call: Call, p: Tensor, values: Callable[[Tensor], Tensor]
+    call: Call,
+    p: Tensor,
+    values: Callable[[Tensor], Tensor],
+    *,
+    derived: bool = False,
 ) -> dict[int, Use]:
     """A parameter that is broadcast to the output.
 
@@ -69,6 +73,7 @@ def broadcast(
         call: The call.
         p: The parameter.
         values: The gradient by the output -> the gradient by p as if it had its shape.
+        derived: Whether that takes derivatives.
 
     Returns:
         What is known of it, by its `id`.
@@ -79,7 +84,7 @@ def broadcast(
     def rows(gradient: Tensor) -> Tensor:
         return summed(call, values(gradient), p)
 
-    return {id(p): Direct(rows, unexpanded(p).numel(), work)}
+    return {id(p): Direct(rows, unexpanded(p).numel(), work, derived=derived)}
 
 
 def add(
@@ -129,7 +134,7 @@ def pointwise(
         def values(g: Tensor, y: Tensor = y, copy: Tensor = copy) -> Tensor:
             return torch.autograd.grad(y, copy, g, retain_graph=True)[0]
 
-        uses |= broadcast(call, p, values)
+        uses |= broadcast(call, p, values, derived=True)
     return uses
 
 

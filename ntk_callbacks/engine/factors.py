@@ -89,12 +89,15 @@ class Direct:
         output: Entries of the output for one example, about the multiply-adds of
             `rows`.
         bias: Whether the rows are those of an `Outer` of the same tap with a = 1.
+        derived: Whether `rows` takes derivatives, which are wrong for some functions
+            if those of several outputs are taken at once.
     """
 
     rows: Callable[[Tensor], Tensor]
     size: int
     output: int
     bias: bool = False
+    derived: bool = False
 
 
 @dataclass(frozen=True)

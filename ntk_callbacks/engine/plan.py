@@ -34,7 +34,8 @@ class Plan:
         exact: Parameter -> why it takes an exact route.
         joint: Whether they were known to depend on one another.
         coupled: Whether the examples depend on one another.
-        native: Whether torch alone takes part in backward passes.
+        batched: Whether backward passes bear to be made as one: no code of users takes
+            part in them, and no operator refuses.
         widest: Numbers of an example in the largest tensor of a pass; 0 for vectors.
         propagation: Multiply-adds of one forward pass, as far as the taps tell.
         sweeps: Terms that are contracted after the same backward passes.
@@ -62,7 +63,7 @@ class Plan:
     exact: dict[str, str]
     joint: bool
     coupled: bool
-    native: bool
+    batched: bool
     widest: float
     propagation: float
     sweeps: tuple[tuple[Term, ...], ...]
@@ -87,7 +88,7 @@ class Plan:
     @property
     def at_once(self) -> float:
         """Examples up to which the backward passes of all outputs are made as one."""
-        if not self.native:  # what users do to gradients may not bear it
+        if not self.batched:
             return 0.0
         if not self.widest:
             return math.inf

@@ -4,11 +4,14 @@ import logging
 import math
 from dataclasses import replace
 
+import torch
+
 from ntk_callbacks.engine.audit import failures
 from ntk_callbacks.engine.coupling import beside, forward, is_coupled
 from ntk_callbacks.engine.factors import Outer
 from ntk_callbacks.engine.plan import Plan, scaled_names
 from ntk_callbacks.engine.problem import Problem
+from ntk_callbacks.engine.recording import gradients_at
 from ntk_callbacks.engine.survey import Survey, surveyed
 from ntk_callbacks.engine.terms import Sizes, Term, overlapping, planned, with_biases
 from ntk_callbacks.engine.views import extent
@@ -52,7 +55,7 @@ def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
         exact={},
         joint=problem.joint,
         coupled=any(coupled),
-        native=True,
+        batched=False,
         widest=0.0,
         propagation=0.0,
         sweeps=(),
@@ -70,10 +73,12 @@ def planned_for(problem: Problem, *, proved: bool = True) -> Plan:
             places=tuple(found.places),
             terms=tuple(terms_of(found, problem, plan.sizes)),
             exact=found.exact,
-            native=found.recording.native,
+            batched=found.recording.native,
             widest=_widest(found),
             propagation=_propagation(found),
         )
+        if plan.at_once >= 2 and not _bears_batches(found):
+            plan = replace(plan, batched=False)
         failed: dict[str, str] = {}
         del found  # its graph takes memory
         if proved and function.device.type != "meta":  # there, nothing can be compared
@@ -140,6 +145,17 @@ def _widest(survey: Survey) -> float:
     """Numbers of an example in the largest tensor; 0 where all weights meet vectors."""
     wide = any(use.shape[1] > 1 for use in _outers(survey))
     return survey.recording.largest / len(survey.recording.outputs) if wide else 0.0
+
+
+def _bears_batches(survey: Survey) -> bool:
+    """Whether one backward pass for all outputs can be made."""
+    outputs, taps = survey.recording.outputs, survey.recording.taps
+    unit = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+    try:
+        gradients_at(taps, outputs.sum(0), unit)
+    except RuntimeError:  # an operator that cannot be batched
+        return False
+    return True
 
 
 def _propagation(survey: Survey) -> float:

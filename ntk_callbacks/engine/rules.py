@@ -129,7 +129,7 @@ def local(call: Call, *args: Any, **kwargs: Any) -> dict[int, Use]:
         return torch.stack([g.to_dense() for g in found])
 
     return {
-        key: Direct(partial(rows, own=own), own[0].numel(), work)
+        key: Direct(partial(rows, own=own), own[0].numel(), work, derived=True)
         for key, own in copies.items()
     }
 

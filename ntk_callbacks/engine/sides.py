@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -10,10 +11,8 @@ from torch import Tensor
 from ntk_callbacks._types import Inputs, Params
 from ntk_callbacks.engine.contraction import Strand
 from ntk_callbacks.engine.factors import Call, Direct, Lookup, Outer, Use
-from ntk_callbacks.engine.memory import out_of_memory
 from ntk_callbacks.engine.recording import gradients_at, record
 from ntk_callbacks.engine.survey import Place, known_again, uses_of
-from ntk_callbacks.engine.taps import Tap
 from ntk_callbacks.engine.terms import Member, Term
 from ntk_callbacks.engine.views import extent, view_of
 from ntk_callbacks.functional import ModelFunction
@@ -26,6 +25,28 @@ class ChangedModelError(RuntimeError):
 
 _Held: TypeAlias = tuple[int, int, bool]
 """Tap, slot, and whether rows were formed early."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is held of a gradient.
+
+    Args:
+        of: The gradient by one output -> what is held.
+        batched: Whether it can be found for several outputs at once.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    batched: bool = True
+
+    def of_all(self, stacked: Tensor) -> list[Tensor]:
+        """The same for the gradients by all outputs, `(o, …)`."""
+        if self.batched:
+            try:
+                return list(torch.vmap(self.of)(stacked).detach().unbind(0))
+            except RuntimeError:  # an operator that cannot be batched
+                pass
+        return [self.of(gradient).detach() for gradient in stacked]
 
 
 def _held(term: Term, member: Member) -> _Held:
@@ -88,7 +109,7 @@ class Side:
             terms: Those that are contracted next.
             at_once: Number of examples up to which the passes are made as one.
         """
-        forms: dict[int, dict[_Held, Callable[[Tensor], Tensor]]] = {}
+        forms: dict[int, dict[_Held, _Form]] = {}
         for term in terms:
             for member in term.members:
                 place = _held(term, member)
@@ -96,30 +117,33 @@ class Side:
                 self._needed[place] = self._needed.get(place, 0) + 1
         taps = [self.recording.taps[tap] for tap in forms]
         sums = self.outputs.sum(0)  # the examples do not meet
-        stacked = _at_once(taps, sums) if self.n <= at_once else None
-        if stacked is not None:
+        if self.n <= at_once:
+            unit = torch.eye(self.o, dtype=sums.dtype, device=sums.device)
+            stacked = gradients_at(taps, sums, unit)
             for own in reversed(forms.values()):
                 gradient = stacked.pop()  # freed before the next one is copied
                 for place, form in own.items():
-                    self._held[place] = _of_each(form, gradient)
+                    self._held[place] = form.of_all(gradient)
             return
         for number in sums:
             gradients = gradients_at(taps, number)
             for own in reversed(forms.values()):
                 gradient = gradients.pop()
                 for place, form in own.items():
-                    found = form(gradient).detach()
+                    found = form.of(gradient).detach()
                     self._held.setdefault(place, []).append(found)
 
-    def _form(self, term: Term, member: Member) -> Callable[[Tensor], Tensor]:
+    def _form(self, term: Term, member: Member) -> "_Form":
         """What is held of a gradient until the term is contracted."""
         if term.route == "rows" and not term.early:
-            return lambda gradient: gradient
+            return _Form(lambda gradient: gradient)
         use = self.use(member)
-        if term.early or isinstance(use, Direct):
-            return use.rows
+        if isinstance(use, Direct):
+            return _Form(use.rows, batched=not use.derived)
+        if term.early:
+            return _Form(use.rows)
         # Positions before channels: products with a are fastest so.
-        return lambda gradient: use.right(gradient).contiguous()
+        return _Form(lambda gradient: use.right(gradient).contiguous())
 
     def mixed(self, term: Term, mix: Tensor) -> "Side":
         """The same for combinations of the outputs, `(c, o)`, of one term."""
@@ -185,26 +209,6 @@ class Side:
             self._needed[place] -= 1
             if not self._needed[place]:
                 del self._needed[place], self._held[place]
-
-
-def _at_once(taps: list[Tap], numbers: Tensor) -> list[Tensor] | None:
-    """Gradients of all numbers, `(o, …)`; None for an operator without such a pass."""
-    unit = torch.eye(len(numbers), dtype=numbers.dtype, device=numbers.device)
-    try:
-        return gradients_at(taps, numbers, unit)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        return None
-
-
-def _of_each(form: Callable[[Tensor], Tensor], stacked: Tensor) -> list[Tensor]:
-    """What is held of the gradients by each output, `(o, …)`."""
-    try:
-        found = torch.vmap(form)(stacked)
-    except Exception:  # a rule that takes derivatives itself, say
-        found = torch.stack([form(gradient) for gradient in stacked])
-    return list(found.detach().unbind(0))
 
 
 def _pulled_back(source: Tensor, leaf: Tensor, rows: Tensor) -> Tensor:
