@@ -203,6 +203,7 @@ def test_batches_by_name_and_losses_of_ones_own():
     followed(Nested, monitor(1, loss_fn=smoothed), train=train)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # of jvp
 def test_twin_of_a_network_that_bends_is_not_the_network():
     """Beside it, by hand: the same batches in a loop of one's own."""
     x, y = examples().tensors
