@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Literal, overload
 
+import torch
 from torch import nn
 
 from ntk_callbacks._types import (
@@ -19,7 +20,6 @@ from ntk_callbacks._types import (
 from ntk_callbacks.engine.arguments import Request, check_choice
 from ntk_callbacks.engine.exact import ROUTES, by_route, fallback
 from ntk_callbacks.engine.execution import run
-from ntk_callbacks.engine.memory import out_of_memory
 from ntk_callbacks.engine.plan import Plan
 from ntk_callbacks.engine.planner import planned_for
 from ntk_callbacks.engine.problem import Problem
@@ -230,7 +230,7 @@ def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
                 plan, planned_anew = planned_for(problem), True
             _log.info("%s: planned anew, because %s", plan.model, change)
         except Exception as error:
-            if not out_of_memory(error):
+            if not _out_of_memory(error):
                 _log.warning("%s: no fast route (%r)", plan.model, error)
                 return fallback(problem), plan.all_exact(str(error))
             if plan.budget < _SMALLEST_BUDGET:
@@ -240,3 +240,10 @@ def measured(problem: Problem, plan: Plan) -> tuple[dict[str, Kernel], Plan]:
 
 
 _SMALLEST_BUDGET = 2**20
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text

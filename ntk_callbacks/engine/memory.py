@@ -150,11 +150,3 @@ def passes(
             start = stop
     widest = max(sum(sizes[name] for name in part) for part in columns)
     return Passes(columns, max(1, half // chunk_bytes(widest)))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a computation failed for want of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text
